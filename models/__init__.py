@@ -1,0 +1,5 @@
+"""Importing this package registers our models with timm."""
+
+from models import dhvt
+
+__all__ = ["dhvt"]
