@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention, to_2tuple, trunc_normal_
-from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    VisionTransformer,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+)
 from torch import Tensor, _assert, nn
 
 __all__ = ["DAFF", "DHVT", "SOPE", "Affine", "HeadInteractedAttention"]
@@ -70,7 +76,7 @@ class SOPE(nn.Module):
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise ValueError(f"SOPE's patch size is fixed at {self.patch_size[0]}; build the model with another variant")
+            raise ValueError(f"SOPE's patch size is fixed at {self.patch_size[0]}: build another variant")
         if img_size is not None:
             self.img_size = to_2tuple(img_size)
         self.grid_size = self.dynamic_feat_size(self.img_size)
@@ -85,13 +91,18 @@ class SOPE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2], x.shape[-1]
-        _assert(
-            H == self.img_size[0] and W == self.img_size[1],
-            f"Input of {H}x{W} pixels does not match the model's {self.img_size[0]}x{self.img_size[1]}: "
-            "build it with that img_size or call set_input_size()",
-        )
+        # one assertion a side: FX cannot trace the `and` of two comparisons
+        _assert(H == self.img_size[0], f"Input height {H} is not the model's {self.img_size[0]}: see set_input_size()")
+        _assert(W == self.img_size[1], f"Input width {W} is not the model's {self.img_size[1]}: see set_input_size()")
         x = self.post_affine(self.proj(self.pre_affine(x)))  # B, C, H', W'
         return x.flatten(2).transpose(1, 2)  # B, H'W', C
+
+
+@torch.fx.wrap
+@register_notrace_function  # FX would take the mask, a symbol while it traces, for one that was given
+def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("HI-MHSA mixes all tokens in its head tokens: it takes no mask")
 
 
 class HeadInteractedAttention(Attention):
@@ -121,7 +132,7 @@ class HeadInteractedAttention(Attention):
         return t.reshape(B, h, C) + self.pos_embed
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _assert(attn_mask is None and not is_causal, "HI-MHSA mixes all tokens in its head tokens: it takes no mask")
+        _refuse_mask(attn_mask, is_causal)
         B, N, C = x.shape
         x = torch.cat([x, self.head_tokens(x)], dim=1)  # B, N+h, C
         qkv = self.qkv(x).reshape(B, -1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -183,7 +194,7 @@ class DAFF(nn.Module):
 
 
 class DHVT(VisionTransformer):
-    """DHVT: SOPE, class token, blocks of HI-MHSA and DAFF, no position embedding. Arguments as timm's VisionTransformer.
+    """DHVT: SOPE, class token, blocks of HI-MHSA and DAFF, no position embedding. Arguments as timm's ViT.
 
     The input size is fixed by `img_size` (a number, or height and width) until `set_input_size`; any other is refused.
     """

@@ -1,0 +1,290 @@
+"""Data sets, transforms and loaders. Which images a run sees depends on seed, epoch and position alone."""
+
+import argparse
+import os
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+
+from util import distributed
+from util.errors import InputError
+
+REPEATS = 3  # augmentations of an image in a row under --repeated-aug
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits as RGB images of `size` (height, width); 360 of them are for testing."""
+
+    classes = [str(d) for d in range(10)]
+
+    def __init__(self, train: bool, size: tuple[int, int], transform=None) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        split = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
+        images, targets = (split[0], split[2]) if train else (split[1], split[3])
+        grey = np.rint(images * (255 / 16)).astype(np.uint8)  # N, 8, 8
+        self.images = [
+            Image.fromarray(g).convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC) for g in grey
+        ]
+        self.targets = targets.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = self.images[index]
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+
+def _load_image(path: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # palette images with transparency become plain RGB
+            return default_loader(path)
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0]}); mend or remove it") from None
+
+
+class ClassFolders(ImageFolder):
+    """Images in a folder a class, under a given class map; unreadable files are named.
+
+    Raises InputError for a missing folder, one without class folders, a class that the map lacks, and a class folder
+    without images.
+    """
+
+    def __init__(self, root: Path, transform=None, class_to_idx: dict[str, int] | None = None) -> None:
+        self._map = class_to_idx
+        try:
+            super().__init__(str(root), transform, loader=_load_image, allow_empty=True)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise InputError(f"{root}: {str(error).splitlines()[0]}") from None
+        counts = np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes))
+        for name, count in zip(self.classes, counts, strict=True):
+            if not count and (Path(root) / name).is_dir():
+                raise InputError(
+                    f"{root / name}: no images in this class folder (looked for {', '.join(IMG_EXTENSIONS)}); "
+                    "fill or remove it"
+                )
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return find_classes(Path(directory), self._map)
+
+
+def find_classes(root: Path, class_map: dict[str, int] | None = None) -> tuple[list[str], dict[str, int]]:
+    """Number the class folders of `root` in the order of their names, or check them against `class_map`."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; --data-path takes the folder that holds train/ and val/")
+    found = sorted(e.name for e in os.scandir(root) if e.is_dir())
+    if not found:
+        raise InputError(f"{root}: no class folders in it; images belong into {root.name}/CLASS/")
+    if class_map is None:
+        return found, {name: i for i, name in enumerate(found)}
+    unknown = [name for name in found if name not in class_map]
+    if unknown:
+        raise InputError(f"{root / unknown[0]}: this class is not among the {len(class_map)} training classes")
+    return list(class_map), dict(class_map)
+
+
+def build_transform(
+    train: bool,
+    size: tuple[int, int],
+    *,
+    small: bool = False,
+    flip: bool = True,
+    aa: str = "none",
+    color_jitter: float = 0.4,
+    interpolation: str = "bicubic",
+    reprob: float = 0.0,
+    remode: str = "pixel",
+    recount: int = 1,
+    crop_ratio: float = 0.875,
+) -> transforms.Compose:
+    """Build DeiT's transform of a PIL image to a normalised [3, H, W] tensor of `size` (height, width).
+
+    `small` is for sets whose images have that size already (CIFAR, digits): a random crop with padding 4 replaces the
+    random resized crop, and evaluation neither resizes nor crops.
+    """
+    square = size[0] if size[0] == size[1] else size
+    if not train:
+        return create_transform(square, interpolation="bicubic", crop_pct=1.0 if small else crop_ratio)
+    try:
+        transform = create_transform(
+            square,
+            is_training=True,
+            hflip=0.5 if flip else 0.0,
+            color_jitter=color_jitter,
+            auto_augment=None if aa.lower() in ("", "none") else aa,
+            interpolation=interpolation,
+            re_prob=reprob,
+            re_mode=remode,
+            re_count=recount,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"--aa {aa}: not a policy of timm's ({error!r}); for example rand-m9-mstd0.5-inc1") from None
+    if small:
+        crops = (RandomResizedCropAndInterpolation, transforms.RandomResizedCrop)
+        transform.transforms = [
+            transforms.RandomCrop(size, padding=4) if isinstance(t, crops) else t for t in transform.transforms
+        ]
+    return transform
+
+
+def build_dataset(
+    name: str,
+    root: str | None,
+    train: bool,
+    size: tuple[int, int],
+    transform,
+    class_to_idx: dict[str, int] | None = None,
+) -> Digits | ClassFolders:
+    """Open one split of a data set; all but DIGITS are `root`/train and `root`/val of class folders."""
+    if name == "DIGITS":
+        return Digits(train, size, transform)
+    return ClassFolders(Path(root) / ("train" if train else "val"), transform, class_to_idx)
+
+
+class Seeded(Dataset):
+    """Draw each sample's augmentation from (seed, epoch, position), outside the main random streams.
+
+    Takes the keys that `EpochSampler` gives, so any number of workers yields the same images.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
+        index, epoch, position = key
+        here = get_worker_info() is None
+        if here:
+            states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        a, b, c = np.random.SeedSequence((self.seed, epoch, position)).generate_state(3).tolist()
+        random.seed(a)
+        np.random.seed(b)
+        torch.default_generator.manual_seed(c)
+        try:
+            return self.dataset[index]
+        finally:
+            if here:
+                random.setstate(states[0])
+                np.random.set_state(states[1])
+                torch.set_rng_state(states[2])
+
+
+class EpochSampler(Sampler):
+    """Give keys (index, epoch, position over all processes) in the order of timm's or torch's distributed sampler."""
+
+    def __init__(self, n: int, repeated_aug: bool, seed: int, rank: int, world: int) -> None:
+        self.rank, self.world, self.seed, self.epoch = rank, world, seed, 0
+        self.repeated_aug = repeated_aug
+        if repeated_aug:
+            self.base = RepeatAugSampler(range(n), world, rank, num_repeats=REPEATS)
+        else:
+            self.base = DistributedSampler(range(n), world, rank)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.base.set_epoch(self.seed + epoch)  # the permutation comes from this sum alone
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        for i, index in enumerate(self.base):
+            yield index, self.epoch, self.rank + i * self.world
+
+    def distinct_images(self, n: int, batch_size: int) -> int:
+        """Count the images that an epoch of whole batches shows, all processes together."""
+        shown = len(self) // batch_size * batch_size * self.world
+        return min(n, -(-shown // REPEATS) if self.repeated_aug else shown)
+
+
+def default_workers() -> int:
+    """Give this process's share of the machine's cores, at most 10."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(10, max(1, cores // distributed.local_world_size()))
+
+
+def is_small(args: argparse.Namespace, size: tuple[int, int]) -> bool:
+    return args.data_set == "DIGITS" and max(size) <= 32
+
+
+def build_val_dataset(args: argparse.Namespace, size: tuple[int, int], classes: Sequence[str] | None):
+    """Open the validation split under the training split's class map.
+
+    Without a train/ folder, as people have who only evaluate, the map is the checkpoint's `classes`, else val/'s own.
+    """
+    transform = build_transform(False, size, small=is_small(args, size), crop_ratio=args.eval_crop_ratio)
+    if args.data_set == "DIGITS":
+        return build_dataset("DIGITS", None, False, size, transform)
+    train = Path(args.data_path) / "train"
+    class_map = None
+    if train.is_dir():
+        class_map = find_classes(train)[1]
+    elif classes:
+        class_map = {name: i for i, name in enumerate(classes)}
+    return build_dataset(args.data_set, args.data_path, False, size, transform, class_map)
+
+
+def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]):
+    transform = build_transform(
+        True,
+        size,
+        small=is_small(args, size),
+        flip=args.data_set != "DIGITS",  # a mirrored digit is another sign
+        aa=args.aa,
+        color_jitter=args.color_jitter,
+        interpolation=args.train_interpolation,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+    )
+    return build_dataset(args.data_set, args.data_path, True, size, transform)
+
+
+def _loader(dataset: Dataset, args: argparse.Namespace, **kwargs) -> DataLoader:
+    workers = default_workers() if args.num_workers is None else args.num_workers
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=args.pin_mem and torch.accelerator.is_available(),
+        generator=torch.Generator(),  # the loader's own draws stay out of the main stream
+        **kwargs,
+    )
+
+
+def build_train_loader(args: argparse.Namespace, dataset: Dataset) -> DataLoader:
+    """Build the loader of whole batches; its sampler wants `set_epoch` before each epoch."""
+    world, n = distributed.world_size(), len(dataset)
+    sampler = EpochSampler(n, args.repeated_aug, args.seed, distributed.rank(), world)
+    if len(sampler) < args.batch_size:
+        raise InputError(
+            f"--batch-size {args.batch_size}: {n} training images give each of {world} process(es) {len(sampler)}, "
+            "not one whole batch; lower it"
+            + (", or add --no-repeated-aug" if args.repeated_aug and n // world >= args.batch_size else "")
+        )
+    return _loader(Seeded(dataset, args.seed), args, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+
+
+def build_val_loader(args: argparse.Namespace, dataset: Dataset) -> DataLoader:
+    """Build this process's share of the validation set: every image is in exactly one share."""
+    share = range(distributed.rank(), len(dataset), distributed.world_size())
+    return _loader(dataset, args, batch_size=max(1, int(1.5 * args.batch_size)), sampler=share)

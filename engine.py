@@ -1,0 +1,290 @@
+"""Training, evaluation and measurement of one model; none of it knows the command line."""
+
+import copy
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchprofile import profile_macs
+
+from util import distributed
+from util.errors import NonFiniteLossError
+from util.log import Progress
+
+
+@dataclass
+class Precision:
+    """Mixed precision, decided once: the loop has no branch for it. `dtype` None is full precision."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self):
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+@dataclass
+class StepOptions:
+    """How an update is made: batches summed up, gradient clipping, mixing of images, reports."""
+
+    accum_steps: int = 1
+    clip_grad: float | None = None
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    print_freq: int = 10
+    on_report: Callable[[int, list[float]], None] | None = None  # first update of the epoch reported, their losses
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    epoch: int,
+    options: StepOptions,
+    ema: nn.Module | None = None,
+) -> dict[str, float]:
+    """Train for one pass over the loader; `model` may be wrapped for several processes.
+
+    The loss stays on the device and is read every `print_freq` updates, averaged over the processes: nothing else in
+    the loop waits for the device. The batches left over at the end make a last, smaller update. Returns train_loss,
+    train_lr, images_per_s (all processes) and data_wait (share of the time spent waiting for data).
+
+    Raises NonFiniteLossError on every process alike.
+    """
+    model.train()
+    device, accum = precision.device, options.accum_steps
+    batches, updates = len(loader), math.ceil(len(loader) / accum)
+    watch = LossWatch(optimizer, precision, epoch, model)
+    progress = Progress(updates, f"Epoch {epoch}", options.print_freq)
+    images = 0
+    started = ticked = time.perf_counter()
+    waited = 0.0
+    source = iter(loader)
+    for update in range(updates):
+        count = min(accum, batches - update * accum)
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=device)
+        for k in range(count):
+            ticked = time.perf_counter()
+            samples, targets = next(source)
+            waited += time.perf_counter() - ticked
+            images += len(samples)
+            samples = samples.to(device, non_blocking=True)
+            targets = targets.to(device, non_blocking=True)
+            if options.mixup is not None:
+                samples, targets = options.mixup(samples, targets)
+            no_sync = model.no_sync if k < count - 1 and hasattr(model, "no_sync") else nullcontext
+            with no_sync():
+                with precision.autocast():
+                    outputs = model(samples)
+                loss = criterion(outputs.float(), targets) / count
+                precision.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        if options.clip_grad is not None:
+            precision.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        if ema is not None:
+            ema.update(distributed.unwrap(model))
+        watch.add(loss_sum)
+        if (update + 1) % options.print_freq == 0 or update + 1 == updates:
+            losses = watch.read()
+            if options.on_report is not None:
+                options.on_report(update + 1 - len(losses), losses)
+            elapsed = time.perf_counter() - started
+            rate = images * distributed.world_size() / elapsed
+            progress.report(
+                update + 1,
+                loss=f"{statistics.fmean(losses):.4f}",
+                lr=f"{watch.lr:.6f}",
+                images_per_s=f"{rate:.1f}",
+                data=f"{waited / elapsed:.0%}",
+            )
+        else:
+            progress.advance(update + 1)
+    progress.close()
+    watch.check_weights()
+    elapsed = time.perf_counter() - started
+    return {
+        "train_loss": watch.total / updates,
+        "train_lr": watch.lr,
+        "images_per_s": images * distributed.world_size() / elapsed,
+        "data_wait": waited / elapsed,
+    }
+
+
+class LossWatch:
+    """Collect losses on the device, read them together, and stop every process when one is not finite."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, precision: Precision, epoch: int, model: nn.Module) -> None:
+        self.optimizer, self.precision, self.epoch, self.model = optimizer, precision, epoch, model
+        self.window: list[Tensor] = []
+        self.total, self.updates = 0.0, 0
+
+    @property
+    def lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def add(self, loss: Tensor) -> None:
+        self.window.append(loss)
+
+    def read(self) -> list[float]:
+        """Wait for the device; return the losses since the last call, the mean over the processes of each."""
+        losses = distributed.all_reduce(torch.stack(self.window)).div_(distributed.world_size()).tolist()
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                self._stop(f"loss is {loss}", self.updates + i)
+        self.window.clear()
+        self.updates += len(losses)
+        self.total += math.fsum(losses)
+        return losses
+
+    def check_weights(self) -> None:
+        """Refuse weights that the epoch's last update has spoiled: they would be saved."""
+        tensors = [t.detach() for t in distributed.unwrap(self.model).state_dict().values() if t.is_floating_point()]
+        spoiled = torch.stack([t.isfinite().all() for t in tensors]).logical_not().sum()
+        if distributed.all_reduce(spoiled).item():
+            self._stop("the weights are no longer finite", self.updates - 1)
+
+    def _stop(self, what: str, update: int) -> None:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads).item() if grads else float("nan")
+        scale = self.precision.scaler.get_scale() if self.precision.scaler.is_enabled() else 1.0
+        raise NonFiniteLossError(
+            f"{what} in epoch {self.epoch}, step {update} (lr {self.lr:.3g}, loss scale {scale:g}, last gradient norm "
+            f"{norm:.3g}); the last checkpoint is kept; try a lower --lr, --clip-grad 1, longer --warmup-epochs, or "
+            "--amp bf16 or off, and go on with --resume"
+        )
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Iterable, precision: Precision) -> dict[str, float]:
+    """Evaluate all processes' shares together; every sample counts once, whatever the number of processes.
+
+    Returns loss (mean cross-entropy), acc1 and acc5 (percent; the second is top-min(5, classes)), topk (that number)
+    and count (of images). `model` is not the one wrapped for several processes, and has `num_classes`.
+    """
+    model.eval()
+    device, topk = precision.device, min(5, model.num_classes)
+    hits = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-k
+    loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    count = 0
+    for samples, targets in loader:
+        samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with precision.autocast():
+            logits = model(samples)
+        logits = logits.float()  # B, classes
+        loss += F.cross_entropy(logits, targets, reduction="none").to(loss.dtype).sum()
+        found = logits.topk(topk, dim=1).indices == targets[:, None]  # B, k
+        hits += torch.stack([found[:, 0].sum(), found.sum()])
+        count += len(targets)
+    total = torch.cat([loss[None], hits.to(loss.dtype), torch.full_like(loss[None], count)])
+    loss, top1, top5, count = distributed.all_reduce(total).tolist()
+    return {
+        "loss": loss / count,
+        "acc1": 100 * top1 / count,
+        "acc5": 100 * top5 / count,
+        "topk": topk,
+        "count": int(count),
+    }
+
+
+def benchmark(
+    model: nn.Module,
+    input_size: tuple[int, int],
+    batch_size: int,
+    precision: Precision,
+    train: bool = False,
+    repeats: int = 5,
+    min_seconds: float = 1.0,
+) -> dict[str, float | str | bool]:
+    """Measure images/s on random images of `input_size` (height, width): inference, or whole training steps (AdamW).
+
+    Warms up, then times at least five repeats of `min_seconds` each, waiting for the device at both ends. Returns the
+    median (images_per_s, ms_per_batch), spread (percent, largest to smallest around the median), peak_memory_mib (of
+    the device; on the CPU, of the process) and the conditions. A copy of the model is trained: it stays as it is.
+    """
+    device = precision.device
+    step = _training_step if train else _inference_step
+    images = torch.randn(batch_size, getattr(model, "in_chans", 3), *input_size, device=device)
+    run = step(model, images, precision)
+    distributed.reset_peak_memory(device)
+    loops, seconds = 1, _timed(run, 1, device)  # the first pass is never counted
+    while (seconds := _timed(run, loops, device)) < min_seconds:
+        loops = max(loops + 1, math.ceil(1.1 * loops * min_seconds / max(seconds, 1e-6)))
+    times = [_timed(run, loops, device) / loops for _ in range(max(5, repeats))]
+    median = statistics.median(times)
+    return {
+        "mode": "train" if train else "inference",
+        "images_per_s": batch_size / median,
+        "ms_per_batch": 1000 * median,
+        "spread": 100 * (max(times) - min(times)) / median,
+        "peak_memory_mib": distributed.peak_memory_mib(device),
+        "batch_size": batch_size,
+        "input_size": f"{input_size[0]}x{input_size[1]}",
+        "precision": str(precision.dtype or torch.float32).removeprefix("torch."),
+        "device": distributed.describe(device),
+        "torch": torch.__version__,
+    }
+
+
+def _inference_step(model: nn.Module, images: Tensor, precision: Precision) -> Callable[[], None]:
+    model.eval()
+
+    @torch.inference_mode()
+    def run() -> None:
+        with precision.autocast():
+            model(images)
+
+    return run
+
+
+def _training_step(model: nn.Module, images: Tensor, precision: Precision) -> Callable[[], None]:
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with precision.autocast():
+            outputs = model(images)
+        precision.scaler.scale(F.cross_entropy(outputs.float(), targets)).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+
+    return run
+
+
+def _timed(run: Callable[[], None], loops: int, device: torch.device) -> float:
+    distributed.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(loops):
+        run()
+    distributed.synchronize(device)
+    return time.perf_counter() - started
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int]) -> float:
+    """Count the GMACs (1 MAC = 2 FLOPs) of one image of `input_size` (height, width) in evaluation, by torchprofile."""
+    model = copy.deepcopy(model).cpu().float().eval()
+    image = torch.zeros(1, getattr(model, "in_chans", 3), *input_size)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch's tracer, which torchprofile uses
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        return profile_macs(model, image) / 1e9

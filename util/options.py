@@ -1,0 +1,274 @@
+"""The command line: flags, defaults, and the checks that need nothing but the flags."""
+
+import argparse
+import ast
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from util.errors import InputError
+
+DATA_SETS = ("DIGITS", "FOLDER", "IMNET", "clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+NO_EFFECT = {
+    "resplit": "as in the published scripts",
+    "dist_eval": "evaluation is always sharded, and exact",
+    "world_size": "the launcher says it",
+    "dist_url": "the launcher says it",
+    "local_rank": "the launcher says it",
+    "cooldown_epochs": "training lasts exactly --epochs",
+    "patience_epochs": "the plateau schedule is not offered",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes - and _ alike in flags, and raises InputError with one line."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        known = {re.sub("_", "-", flag): flag for flag in self._option_string_actions if flag.startswith("--")}
+        fixed = []
+        for word in args or ():
+            flag, equals, value = word.partition("=")
+            fixed.append(known.get(re.sub("_", "-", flag), flag) + equals + value if word.startswith("--") else word)
+        self.known_flags = sorted(known.values())
+        return super().parse_known_args(fixed, namespace)
+
+    def error(self, message: str):
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        near = difflib.get_close_matches(unknown[1], self.known_flags, n=1) if unknown else []
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
+        raise InputError(message + (hint if unknown else ""))
+
+
+class KeyValues(argparse.Action):
+    """`key=value …`, each value read as a Python literal where it is one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for word in values:
+            key, equals, value = word.partition("=")
+            if not equals or not key.isidentifier():
+                raise InputError(f"{option_string} takes key=value, not {word!r}")
+            try:
+                pairs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+        setattr(namespace, self.dest, pairs)
+
+
+def _switch(group, name: str, default: bool, text: str) -> None:
+    dest = name.replace("-", "_")
+    group.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=text)
+    group.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default, help=f"not --{name}")
+
+
+def build_parser() -> Parser:
+    """Build the parser of main.py; the published flags keep their spelling, type and default."""
+    parser = Parser(
+        prog="main.py",
+        description="Train and evaluate DHVT and any timm model on images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for add in (_add_run, _add_model, _add_optimization, _add_augmentation, _add_data, _add_distributed):
+        add(parser)
+    return parser
+
+
+def _add_run(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--batch-size", default=64, type=int, help="images a process and step")
+    add("--epochs", default=300, type=int)
+    add("--accum-steps", default=1, type=int, help="batches to sum up before a step of the optimizer")
+    add("--output_dir", default="", help="folder for checkpoints, logs and curves; nothing is written without it")
+    add(
+        "--resume", default="", metavar="FILE|URL|auto", help="continue a run; auto: the newest in --output_dir, if any"
+    )
+    add("--start_epoch", default=0, type=int, help="for a checkpoint that does not say its epoch")
+    add("--keep-checkpoints", default=2, type=int, help="how many of the last epochs' checkpoints to keep")
+    add("--eval", action="store_true", help="evaluate the --resume checkpoint and stop")
+    add("--use-ema", action="store_true", help="with --eval: the checkpoint's EMA weights")
+    add("--eval-freq", default=1, type=int, help="evaluate every so many epochs, and after the last")
+    add("--print-freq", default=10, type=int, help="steps between reports")
+    add("--test_speed", action="store_true", help="measure throughput and MACs, then go on")
+    add("--only_test_speed", action="store_true", help="measure throughput and MACs, then stop; needs no data")
+    add("--device", default=None, help="cuda, cuda:1, cpu, …; default: the best there is")
+    add("--seed", default=0, type=int)
+    add("--amp", default="auto", choices=("auto", "off", "fp16", "bf16"), help="mixed precision; auto: on CUDA")
+
+
+def _add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", default="deit_base_patch16_224", help="any name that timm or this repository registers")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="passed to the model")
+    add("--input-size", nargs="+", type=int, default=None, help="pixels, or height and width; default: the model's")
+    add("--nb-classes", type=int, default=None, help="default: from the data")
+    add("--drop", type=float, default=0.0, help="dropout inside the blocks")
+    add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
+    _switch(group, "model-ema", True, "keep an exponential moving average of the weights, and evaluate it too")
+    add("--model-ema-decay", type=float, default=0.99996)
+    add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
+
+
+def _add_optimization(parser: Parser) -> None:
+    add = parser.add_argument_group("optimization").add_argument
+    add("--opt", default="adamw", help="any of timm's optimizers")
+    add("--opt-eps", default=1e-8, type=float)
+    add("--opt-betas", default=None, type=float, nargs="+")
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=0.05)
+    add("--clip-grad", type=float, default=None, help="largest gradient norm")
+    add("--lr", type=float, default=5e-4, help="for 512 images an update; scaled in proportion")
+    add("--unscale-lr", action="store_true", help="take --lr as it is")
+    add("--sched", default="cosine", help=", ".join(SCHEDULES))
+    add("--lr-noise", type=float, nargs="+", default=None)
+    add("--lr-noise-pct", type=float, default=0.67)
+    add("--lr-noise-std", type=float, default=1.0)
+    add("--warmup-lr", type=float, default=1e-6)
+    add("--min-lr", type=float, default=1e-5)
+    add("--decay-epochs", type=float, default=30)
+    add("--warmup-epochs", type=int, default=5)
+    add("--cooldown-epochs", type=int, default=10)
+    add("--patience-epochs", type=int, default=10)
+    add("--decay-rate", "--dr", type=float, default=0.1)
+    add("--bce-loss", action="store_true", help="binary cross-entropy, every target above 0 becoming 1")
+
+
+def _add_augmentation(parser: Parser) -> None:
+    group = parser.add_argument_group("augmentation")
+    add = group.add_argument
+    add("--color-jitter", type=float, default=0.4, help="without effect while --aa is on")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none")
+    add("--smoothing", type=float, default=0.1)
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    _switch(group, "repeated-aug", True, "three augmentations of a third of the images an epoch")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", choices=("pixel", "rand", "const"))
+    add("--recount", type=int, default=1)
+    add("--resplit", action="store_true")
+    add("--mixup", type=float, default=0.8)
+    add("--cutmix", type=float, default=1.0)
+    add("--cutmix-minmax", type=float, nargs="+", default=None)
+    add("--mixup-prob", type=float, default=1.0)
+    add("--mixup-switch-prob", type=float, default=0.5)
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+
+
+def _add_data(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-set", default="IMNET", choices=DATA_SETS, help="all but DIGITS are folders: train/CLASS/, val/CLASS/")
+    add("--data-path", default=None, help="folder of the data")
+    add("--eval-crop-ratio", type=float, default=0.875)
+    add("--num_workers", type=int, default=None, help="default: this process's share of the cores, at most 10")
+    _switch(group, "pin-mem", True, "page-locked batches, for accelerators")
+
+
+def _add_distributed(parser: Parser) -> None:
+    add = parser.add_argument_group("distribution").add_argument
+    add("--dist-backend", default=None, help="default: nccl on CUDA, gloo on the CPU")
+    add("--dist-eval", action="store_true")
+    add("--world_size", type=int, default=1)
+    add("--dist_url", default="env://")
+    add("--local_rank", type=int, default=0)
+
+
+Rule = tuple[str, Callable[[float], bool], str]
+
+RULES: tuple[Rule, ...] = (
+    ("batch_size", lambda v: v >= 1, "at least 1"),
+    ("epochs", lambda v: v >= 1, "at least 1"),
+    ("accum_steps", lambda v: v >= 1, "at least 1"),
+    ("start_epoch", lambda v: v >= 0, "0 or more"),
+    ("keep_checkpoints", lambda v: v >= 1, "at least 1"),
+    ("eval_freq", lambda v: v >= 1, "at least 1"),
+    ("print_freq", lambda v: v >= 1, "at least 1"),
+    ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
+    ("nb_classes", lambda v: v >= 1, "at least 1"),
+    ("drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("drop_path", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("model_ema_decay", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ("opt_eps", lambda v: v >= 0, "0 or more"),
+    ("momentum", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("weight_decay", lambda v: v >= 0, "0 or more"),
+    ("clip_grad", lambda v: v > 0, "above 0"),
+    ("lr", lambda v: v > 0, "above 0"),
+    ("warmup_lr", lambda v: v >= 0, "0 or more"),
+    ("min_lr", lambda v: v >= 0, "0 or more"),
+    ("decay_epochs", lambda v: v > 0, "above 0"),
+    ("warmup_epochs", lambda v: v >= 0, "0 or more"),
+    ("decay_rate", lambda v: v > 0, "above 0"),
+    ("color_jitter", lambda v: v >= 0, "0 or more"),
+    ("smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("reprob", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ("recount", lambda v: v >= 1, "at least 1"),
+    ("mixup", lambda v: v >= 0, "0 or more"),
+    ("cutmix", lambda v: v >= 0, "0 or more"),
+    ("mixup_prob", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ("mixup_switch_prob", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ("eval_crop_ratio", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    ("num_workers", lambda v: v >= 0, "0 or more"),
+)
+
+
+def mixup_active(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse values that cannot work, naming flag, value and what is allowed."""
+    flags = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings and a.const is not False}
+    for dest, allowed, text in RULES:
+        value = getattr(args, dest)
+        if value is not None and not (math.isfinite(value) and allowed(value)):
+            raise InputError(f"{flags[dest]} {value:g} must be {text}")
+    if args.sched not in SCHEDULES:
+        extra = " (it depends on the accuracy, so it cannot be resumed)" if args.sched == "plateau" else ""
+        raise InputError(f"--sched {args.sched} is not offered{extra}: choose from {', '.join(SCHEDULES)}")
+    if args.input_size is not None and (len(args.input_size) > 2 or min(args.input_size) < 1):
+        raise InputError(f"--input-size {' '.join(map(str, args.input_size))} must be one number or height and width")
+    if args.opt_betas is not None and not all(0 <= b < 1 for b in args.opt_betas):
+        raise InputError(f"--opt-betas {' '.join(map(str, args.opt_betas))} must be at least 0 and below 1")
+    if args.cutmix_minmax is not None and not (
+        len(args.cutmix_minmax) == 2 and 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1
+    ):
+        raise InputError(f"--cutmix-minmax {' '.join(map(str, args.cutmix_minmax))} must be two numbers from 0 to 1")
+    _check_together(args)
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    training = not (args.eval or args.only_test_speed)
+    if training and mixup_active(args) and args.batch_size % 2:
+        raise InputError(f"--batch-size {args.batch_size} must be even for mixup and cutmix (or --mixup 0 --cutmix 0)")
+    if training and mixup_active(args) and args.bce_loss and args.smoothing:
+        raise InputError(
+            f"--bce-loss makes every target above 0 a 1, which --smoothing {args.smoothing:g} makes all of them: "
+            "add --smoothing 0"
+        )
+    if args.eval and not args.resume and not args.model_kwargs.get("pretrained"):
+        raise InputError("--eval needs the checkpoint to evaluate: add --resume FILE")
+    if args.use_ema and not args.eval:
+        raise InputError("--use-ema chooses the weights that --eval evaluates: add --eval, or leave it out")
+    if args.resume == "auto" and not args.output_dir:
+        raise InputError("--resume auto looks in --output_dir: give one")
+    if args.data_set != "DIGITS" and not args.data_path and not args.only_test_speed:
+        raise InputError(f"--data-set {args.data_set} needs --data-path FOLDER, with train/CLASS/ and val/CLASS/ in it")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse and check; raises InputError."""
+    parser = build_parser()
+    args = parser.parse_args(list(argv))
+    check(args, parser)
+    return args
+
+
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """Say which of the given flags change nothing, and why."""
+    given = [a for a in build_parser()._actions if a.dest in NO_EFFECT and getattr(args, a.dest) != a.default]
+    lines = [f"{a.option_strings[0]} has no effect: {NO_EFFECT[a.dest]}" for a in given]
+    if args.color_jitter != 0.4 and args.aa.lower() not in ("", "none"):
+        lines.append("--color-jitter has no effect while --aa is on")
+    return lines
