@@ -96,7 +96,7 @@ def find_classes(root: Path, class_map: dict[str, int] | None = None) -> tuple[l
         return found, {name: i for i, name in enumerate(found)}
     unknown = [name for name in found if name not in class_map]
     if unknown:
-        raise InputError(f"{root / unknown[0]}: this class is not among the {len(class_map)} training classes")
+        raise InputError(f"{root / unknown[0]}: not among the {len(class_map)} training classes; remove it")
     return list(class_map), dict(class_map)
 
 

@@ -166,8 +166,10 @@ def find_input_size(args: argparse.Namespace) -> tuple[int, int]:
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
         raise InputError(f"--model {args.model}: no such model; {hint}")
     if args.input_size is None:
-        cfg = timm.get_pretrained_cfg(args.model)
-        return tuple(cfg.input_size[-2:])
+        try:
+            return tuple(timm.get_pretrained_cfg(args.model).input_size[-2:])
+        except RuntimeError as error:
+            raise InputError(f"--model {args.model}: {error} Leave out what follows the dot") from None
     return tuple(args.input_size * 2)[:2]
 
 
@@ -211,9 +213,11 @@ def build_model(args: argparse.Namespace, num_classes: int | None, size: tuple[i
                 flag = f"--model-kwargs {name}" if name in args.model_kwargs else flags[name]
                 raise InputError(f"--model {args.model} takes no {name}: leave out {flag}") from None
             del kwargs[name]
-        except (AssertionError, ValueError, RuntimeError) as error:
+        except (AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"--model {args.model} at {size[0]}x{size[1]} pixels: {reason}") from None
+            given = "".join(f" {k}={v}" for k, v in args.model_kwargs.items())
+            given = f" with --model-kwargs{given}" if given else ""
+            raise InputError(f"--model {args.model} at {size[0]}x{size[1]} pixels{given}: {reason}") from None
 
 
 def synchronise_stem(model: nn.Module, device: torch.device) -> nn.Module:
@@ -329,7 +333,11 @@ def load_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if source == "auto":
         source, found = distributed.broadcast_object(choose_newest(Path(args.output_dir)))
         if not source and found:
-            raise InputError(f"--resume auto: none of the {found} checkpoints in {args.output_dir} can be read")
+            raise InputError(
+                f"--resume auto: none of the {found} checkpoints in {args.output_dir} can be read; name another folder"
+            )
+        if not source and args.eval:
+            raise InputError(f"--resume auto: no checkpoint in {args.output_dir} to evaluate; name another folder")
         print0(f"--resume auto: {source or f'no checkpoint in {args.output_dir}, starting afresh'}")
     return (checkpoint.load(source), source) if source else ({}, "")
 

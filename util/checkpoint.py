@@ -120,7 +120,8 @@ def load(source: str | Path) -> dict[str, Any]:
     else:
         path = Path(source)
         if not path.is_file():
-            raise InputError(f"{source}: no such file" if not path.exists() else f"{source}: not a file")
+            what = "a folder; name the file, such as checkpoint.pth in it" if path.is_dir() else "no such checkpoint"
+            raise InputError(f"{source}: {what}")
         data = path
     _check_zip(data, source)
     try:

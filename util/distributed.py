@@ -45,7 +45,10 @@ def find_world() -> tuple[int, int, int]:
     """
     if "WORLD_SIZE" in os.environ:
         world = _env_int("WORLD_SIZE", default=1)
-        return (_env_int("RANK", default=0), _env_int("LOCAL_RANK", default=0), world) if world > 1 else (0, 0, 1)
+        rank = _env_int("RANK", default=0)
+        if world > 1 and not 0 <= rank < world:
+            raise InputError(f"RANK={rank} in the environment is not below WORLD_SIZE={world}: use torchrun")
+        return (rank, _env_int("LOCAL_RANK", default=0), world) if world > 1 else (0, 0, 1)
     world = _env_int("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", default=1)
     if world > 1 and "SLURM_PROCID" in os.environ:
         _slurm_rendezvous()
@@ -87,12 +90,16 @@ def init(device_name: str | None, backend: str | None = None, timeout_s: float =
     rank, local_rank, world = find_world()
     device = pick_device(device_name, local_rank)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            backend or BACKENDS.get(device.type, "gloo"),
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        try:
+            dist.init_process_group(
+                backend or BACKENDS.get(device.type, "gloo"),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout_s),
+            )
+        except (ValueError, dist.DistNetworkError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the {world} processes of WORLD_SIZE do not meet: {reason}; use torchrun") from None
         device = pick_device(device_name, local_rank)
     return device
 

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(fixed, namespace)
 
     def error(self, message: str):
-        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
         near = difflib.get_close_matches(unknown[1], self.known_flags, n=1) if unknown else []
         hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
         raise InputError(message + (hint if unknown else ""))
@@ -223,14 +223,16 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for dest, allowed, text in RULES:
         value = getattr(args, dest)
         if value is not None and not (math.isfinite(value) and allowed(value)):
-            raise InputError(f"{flags[dest]} {value:g} must be {text}")
+            raise InputError(f"{flags[dest]} {value if isinstance(value, int) else f'{value:g}'} must be {text}")
     if args.sched not in SCHEDULES:
         extra = " (it depends on the accuracy, so it cannot be resumed)" if args.sched == "plateau" else ""
         raise InputError(f"--sched {args.sched} is not offered{extra}: choose from {', '.join(SCHEDULES)}")
     if args.input_size is not None and (len(args.input_size) > 2 or min(args.input_size) < 1):
         raise InputError(f"--input-size {' '.join(map(str, args.input_size))} must be one number or height and width")
-    if args.opt_betas is not None and not all(0 <= b < 1 for b in args.opt_betas):
-        raise InputError(f"--opt-betas {' '.join(map(str, args.opt_betas))} must be at least 0 and below 1")
+    betas = 3 if "adan" in args.opt.lower() else 2
+    if args.opt_betas is not None and not (len(args.opt_betas) == betas and all(0 <= b < 1 for b in args.opt_betas)):
+        given = " ".join(map(str, args.opt_betas))
+        raise InputError(f"--opt-betas {given} must be {betas} numbers for --opt {args.opt}, at least 0 and below 1")
     if args.cutmix_minmax is not None and not (
         len(args.cutmix_minmax) == 2 and 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1
     ):
@@ -247,6 +249,9 @@ def _check_together(args: argparse.Namespace) -> None:
             f"--bce-loss makes every target above 0 a 1, which --smoothing {args.smoothing:g} makes all of them: "
             "add --smoothing 0"
         )
+    for name, flag in (("img_size", "--input-size"), ("num_classes", "--nb-classes")):
+        if name in args.model_kwargs:
+            raise InputError(f"--model-kwargs {name}={args.model_kwargs[name]}: give {flag}, which the data follow too")
     if args.eval and not args.resume and not args.model_kwargs.get("pretrained"):
         raise InputError("--eval needs the checkpoint to evaluate: add --resume FILE")
     if args.use_ema and not args.eval:

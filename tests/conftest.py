@@ -1,0 +1,65 @@
+"""What several test files share: image folders, and a model and a run so small that an epoch takes a second or two."""
+
+import os
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import main
+
+TINY = (
+    "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_heads=2 --data-set DIGITS --device cpu "
+    "--num_workers 0 --no-repeated-aug --batch-size 128 --epochs 1 --warmup-epochs 0 --aa none"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keep torch to one thread a process: the runner starts one process a core."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Give a function that writes a folder of train/CLASS/ and val/CLASS/ images of uneven sizes, and returns it."""
+    photographs = load_sample_images().images
+
+    def write(
+        train: Iterable[str] = ("ant", "bee"), val: Iterable[str] | None = None, count: int = 8, side: int = 48
+    ) -> Path:
+        rng = random.Random(0)
+        root = tmp_path_factory.mktemp("tree")
+        for split, names in (("train", tuple(train)), ("val", tuple(train if val is None else val))):
+            for k, name in enumerate(names):
+                photograph = photographs[k % len(photographs)]
+                folder = root / split / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    height, width = rng.randint(side, 2 * side), rng.randint(side, 2 * side)
+                    y = rng.randrange(photograph.shape[0] - height)
+                    x = rng.randrange(photograph.shape[1] - width)
+                    crop = Image.fromarray(np.ascontiguousarray(photograph[y : y + height, x : x + width]))
+                    crop.save(folder / f"{i}{('.jpg', '.png')[i % 2]}")
+        return root
+
+    return write
+
+
+@pytest.fixture
+def tiny_flags() -> list[str]:
+    """Flags of one epoch of a tiny DHVT on digits, on the CPU; add to them, a later flag wins."""
+    return TINY.split()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of a finished run of `tiny_flags`, with checkpoint.pth; leave it as it is."""
+    folder = tmp_path_factory.mktemp("tiny_run")
+    assert main.main([*TINY.split(), "--output_dir", os.fspath(folder)]) == 0
+    return folder

@@ -1,0 +1,246 @@
+"""One table of what a person can get wrong, and the line that tells them what to do about it."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import main
+
+MAIN = Path(main.__file__)
+FOLDER = "--data-set FOLDER --data-path data --batch-size 4"
+
+
+class Row(NamedTuple):
+    """A command line, what its one line of complaint names, and the remedy in it."""
+
+    flags: str
+    value: str
+    remedy: str
+    prepare: Callable[[], object] | None = None  # runs in the test's folder: data/ and run/ are its own to spoil
+    env: dict[str, str] = {}
+    out: str = "--output_dir out "
+    process: bool = False  # through `python main.py` rather than main.main
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch marker",)
+
+
+def change_checkpoint(change: Callable[[dict], object]) -> Callable[[], None]:
+    """Give a preparation that saves run/checkpoint.pth anew as `change` leaves or returns it."""
+
+    def prepare() -> None:
+        saved = torch.load("run/checkpoint.pth")
+        result = change(saved)
+        torch.save(saved if result is None else result, "run/checkpoint.pth")
+
+    return prepare
+
+
+def flip_byte() -> None:
+    """Change one byte in the middle of the largest tensor of run/checkpoint.pth."""
+    path = Path("run/checkpoint.pth")
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        entry = max((e for e in archive.infolist() if "/data/" in e.filename), key=lambda e: e.file_size)
+    start = (
+        entry.header_offset + 30 + int.from_bytes(data[entry.header_offset + 26 : entry.header_offset + 28], "little")
+    )
+    start += int.from_bytes(data[entry.header_offset + 28 : entry.header_offset + 30], "little")
+    data[start + entry.file_size // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: str, share: float = 0.6) -> None:
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: int(share * len(data))])
+
+
+def each_photograph(split: str, spoil: Callable[[Path], object]) -> Callable[[], None]:
+    return lambda: [spoil(path) for path in sorted(Path("data", split).rglob("*.jpg"))]
+
+
+def flatten_val() -> None:
+    for path in list(Path("data/val").rglob("*.*")):
+        path.rename(Path("data/val", f"{path.parent.name}_{path.name}"))
+    for path in list(Path("data/val").iterdir()):
+        if path.is_dir():
+            path.rmdir()
+
+
+def only_text(folder: str) -> None:
+    for path in Path(folder).iterdir():
+        path.rename(path.with_suffix(".txt"))
+
+
+RESUME = "--resume run/checkpoint.pth --epochs 2"
+EVAL = "--eval --resume run/checkpoint.pth"
+
+ROWS = {
+    # the command line by itself
+    "unknown flag": Row("--bach-size 8", "--bach-size", "did you mean --batch-size?"),
+    "one dash": Row("-batch-size 8", "-batch-size", "did you mean --batch-size?"),
+    "stray word": Row("digits", "digits", "--help"),
+    "not a number": Row("--epochs many", "'many'", "int"),
+    "choice": Row("--amp int8", "'int8'", "bf16"),
+    "data set": Row("--data-set MNIST", "'MNIST'", "FOLDER"),
+    "zero batch": Row("--batch-size 0", "--batch-size 0", "at least 1"),
+    "odd batch": Row("--batch-size 7", "--batch-size 7", "even"),
+    "no epochs": Row("--epochs 0", "--epochs 0", "at least 1"),
+    "seed": Row("--seed -1", "--seed -1", "from 0"),
+    "workers": Row("--num_workers -1", "--num_workers -1", "0 or more"),
+    "lr zero": Row("--lr 0", "--lr 0", "above 0"),
+    "lr nan": Row("--lr nan", "--lr nan", "above 0"),
+    "mixup": Row("--mixup -0.5", "--mixup -0.5", "0 or more"),
+    "cutmix-minmax": Row("--cutmix-minmax 0.5", "--cutmix-minmax 0.5", "two numbers"),
+    "smoothing": Row("--smoothing 1.0", "--smoothing 1", "below 1"),
+    "bce and smoothing": Row("--bce-loss", "--smoothing 0.1", "add --smoothing 0"),
+    "betas": Row("--opt-betas 0.9 1.0", "--opt-betas 0.9 1.0", "below 1"),
+    "one beta": Row("--opt-betas 0.9", "--opt-betas 0.9", "2 numbers"),
+    "crop ratio": Row("--eval-crop-ratio 0", "--eval-crop-ratio 0", "above 0"),
+    "three sides": Row("--input-size 32 32 32", "--input-size 32 32 32", "height and width"),
+    "schedule": Row("--sched cosin", "--sched cosin", "cosine"),
+    "plateau": Row("--sched plateau", "--sched plateau", "choose from"),
+    "optimizer": Row("--opt adamx", "--opt adamx", "list_optimizers"),
+    "policy": Row("--aa rand-x9", "--aa rand-x9", "rand-m9-mstd0.5-inc1"),
+    "no policy": Row("--aa always", "--aa always", "rand-m9-mstd0.5-inc1"),
+    "EMA without eval": Row("--use-ema", "--use-ema", "--eval"),
+    "auto without folder": Row("--resume auto", "--resume auto", "--output_dir", out=""),
+    "eval without checkpoint": Row("--eval", "--eval", "--resume FILE"),
+    "no data path": Row("--data-set FOLDER", "--data-set FOLDER", "--data-path FOLDER"),
+    # device and processes
+    "device": Row("--device gpu", "--device gpu", "cuda"),
+    "no such device": Row("--device cuda", "--device cuda", "only cpu"),
+    "world size": Row("", "WORLD_SIZE='two'", "number", env={"WORLD_SIZE": "two"}),
+    "no rendezvous": Row("", "MASTER_ADDR", "torchrun", env={"WORLD_SIZE": "2"}),
+    "rank beyond": Row("", "RANK=2", "torchrun", env={"WORLD_SIZE": "2", "RANK": "2"}),
+    # the model
+    "model": Row("--model dhvt_tiny_cifar_patch", "dhvt_tiny_cifar_patch:", "did you mean dhvt_tiny_cifar_patch4"),
+    "model unlike any": Row("--model 7", "--model 7", "timm.list_models()"),
+    "no equals sign": Row("--model-kwargs depth", "'depth'", "key=value"),
+    "model argument": Row("--model-kwargs dept=1", "dept", "leave out --model-kwargs dept"),
+    "heads": Row("--model-kwargs embed_dim=32 num_heads=3", "dhvt_tiny_cifar_patch4", "divisible"),
+    "no dropout": Row("--model resnet18 --model-kwargs --drop 0.1", "resnet18", "leave out --drop"),
+    # the output folder
+    "out is a file": Row("--output_dir data/note", "data/note", "name a folder", lambda: Path("data/note").touch()),
+    "out below a file": Row("--output_dir data/note/out", "data/note", "another", lambda: Path("data/note").touch()),
+    "out holds a run": Row("--output_dir run", "--output_dir run", "--resume auto"),
+    "nothing to resume": Row(
+        "--output_dir run --resume auto",
+        "run",
+        "another",
+        lambda: [truncate(str(p)) for p in Path("run").glob("*.pth")],
+    ),
+    # the data
+    "no data": Row(f"{FOLDER} --data-path nowhere", "nowhere/train", "--data-path"),
+    "no val": Row(FOLDER, "data/val", "--data-path", lambda: shutil.rmtree("data/val")),
+    "flat val": Row(FOLDER, "data/val", "val/CLASS/", flatten_val),
+    "class only in val": Row(FOLDER, "data/val/cat", "remove it", lambda: Path("data/val/bee").rename("data/val/cat")),
+    "no images": Row(FOLDER, "data/train/bee", ".jpg", lambda: only_text("data/train/bee")),
+    "no images in val": Row(FOLDER, "data/val/bee", "fill or remove it", lambda: only_text("data/val/bee")),
+    "too few classes": Row(f"{FOLDER} --nb-classes 1", "--nb-classes 1", "leave it out"),
+    "large batch": Row("--batch-size 2000", "--batch-size 2000", "lower it"),
+    "repeated batch": Row("--repeated-aug --batch-size 1400", "--batch-size 1400", "--no-repeated-aug"),
+    "cut image": Row(FOLDER, "data/train/", "mend or remove it", each_photograph("train", truncate), out=""),
+    "text as image": Row(
+        FOLDER, "data/train/", "mend or remove it", each_photograph("train", lambda p: p.write_text("x")), out=""
+    ),
+    "cut image, workers": Row(
+        f"{FOLDER} --num_workers 2",
+        "data/train/",
+        "mend or remove it",
+        each_photograph("train", truncate),
+        out="",
+        process=True,
+    ),
+    "cut image in val": Row(
+        f"{FOLDER} --eval --resume run/best_checkpoint.pth --nb-classes 10",
+        "data/val/",
+        "mend or remove it",
+        each_photograph("val", truncate),
+    ),
+    # the checkpoint
+    "no checkpoint": Row("--resume nowhere.pth", "nowhere.pth", "checkpoint"),
+    "checkpoint is a folder": Row("--resume run", "run:", "checkpoint.pth"),
+    "checkpoint is text": Row("--resume run/log.txt", "run/log.txt", "PyTorch file"),
+    "cut checkpoint": Row(RESUME, "run/checkpoint.pth", "older", lambda: truncate("run/checkpoint.pth")),
+    "flipped byte": Row(RESUME, "run/checkpoint.pth", "older", flip_byte),
+    "hostile": Row(
+        EVAL,
+        "posix.system",
+        "save its state_dict alone",
+        change_checkpoint(lambda saved: saved | {"args": Hostile()}),
+        process=True,
+    ),
+    "hostile, old format": Row(
+        EVAL, "posix.system", "state_dict", lambda: Path("run/checkpoint.pth").write_bytes(pickle.dumps(Hostile()))
+    ),
+    "a list": Row(EVAL, "list", "state dict", change_checkpoint(lambda saved: [1, 2])),
+    "no model": Row(EVAL, "no model", "epoch", change_checkpoint(lambda saved: {"epoch": 3})),
+    "other model": Row(f"{EVAL} --model-kwargs depth=2 embed_dim=32 num_heads=2", "blocks.1", "--model-kwargs"),
+    "other width": Row(f"{RESUME} --model-kwargs depth=1 embed_dim=48 num_heads=2", "(1, 1, 32)", "--model-kwargs"),
+    "other decay": Row(f"{RESUME} --weight-decay 0", "run/checkpoint.pth", "--weight-decay"),
+    "other number of classes": Row(f"{FOLDER} {EVAL}", "10 classes", "--data-path"),
+    "other classes": Row(
+        EVAL, "class 9 is ten", "--data-path", change_checkpoint(lambda saved: saved["classes"].__setitem__(9, "ten"))
+    ),
+    "weights only": Row(RESUME, "weights only", "--eval", change_checkpoint(lambda saved: saved["model"])),
+    "no EMA": Row(
+        f"{EVAL} --use-ema",
+        "model_ema",
+        "leave out --use-ema",
+        change_checkpoint(lambda saved: saved.update(model_ema=None)),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tree) -> Path:
+    return tree(count=4)
+
+
+def list_files(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_one_line_names_the_fault_and_the_remedy(row, data, tiny_run, tiny_flags, tmp_path, monkeypatch, capfd) -> None:
+    if row.remedy == "only cpu" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in row.env.items():
+        monkeypatch.setenv(name, value)
+    shutil.copytree(data, "data")
+    shutil.copytree(tiny_run, "run", ignore=shutil.ignore_patterns("runs"))
+    if row.prepare is not None:
+        row.prepare()
+    argv = [*tiny_flags, *f"{row.out}{row.flags}".split()]
+    before = list_files(tmp_path)
+
+    if row.process:
+        command = [sys.executable, "-W", "error::ResourceWarning", str(MAIN), *argv]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        status, stderr = done.returncode, done.stderr
+    else:
+        status, stderr = main.main(argv), capfd.readouterr().err
+
+    print(stderr)
+    assert status == 2
+    assert stderr.count("\n") == 1 and stderr.startswith("main.py: error: ") and stderr.endswith("\n")
+    assert row.value in stderr
+    assert row.remedy in stderr
+    assert list_files(tmp_path) == before
