@@ -1,6 +1,7 @@
 """Data sets, transforms and loaders. Which images a run sees depends on seed, epoch and position alone."""
 
 import argparse
+import io
 import os
 import random
 import warnings
@@ -20,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from util import distributed
 from util.errors import InputError
+from util.published_lmdb import PublishedLMDB
 
 REPEATS = 3  # augmentations of an image in a row under --repeated-aug
 
@@ -51,11 +53,12 @@ class Digits(Dataset):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
-def _load_image(path: str) -> Image.Image:
+def _load_image(source: str | io.BytesIO, name: str | None = None) -> Image.Image:
+    path = name or source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # palette images with transparency become plain RGB
-            return default_loader(path)
+            return Image.open(source).convert("RGB") if name else default_loader(source)
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0]}); mend or remove it") from None
 
@@ -98,6 +101,28 @@ def find_classes(root: Path, class_map: dict[str, int] | None = None) -> tuple[l
     if unknown:
         raise InputError(f"{root / unknown[0]}: not among the {len(class_map)} training classes; remove it")
     return list(class_map), dict(class_map)
+
+
+class DatabaseImages(Dataset):
+    """Images of an LMDB that the published folder2lmdb.py wrote; its classes have numbers for names.
+
+    `class_to_idx`, the training set's, must cover the labels.
+    """
+
+    def __init__(self, path: Path, transform=None, class_to_idx: dict[str, int] | None = None) -> None:
+        self.records, self.transform = PublishedLMDB(path), transform
+        known = self.records.num_classes if class_to_idx is None else len(class_to_idx)
+        if self.records.num_classes > known:
+            raise InputError(f"{path}: label {self.records.num_classes - 1} is not among the {known} training classes")
+        self.classes = [str(i) for i in range(known)] if class_to_idx is None else list(class_to_idx)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        data, label = self.records[index]
+        image = _load_image(io.BytesIO(data), f"{self.records.path}, image {index}")
+        return (image if self.transform is None else self.transform(image)), label
 
 
 def build_transform(
@@ -151,10 +176,13 @@ def build_dataset(
     size: tuple[int, int],
     transform,
     class_to_idx: dict[str, int] | None = None,
-) -> Digits | ClassFolders:
-    """Open one split of a data set; all but DIGITS are `root`/train and `root`/val of class folders."""
+    use_lmdb: bool = False,
+) -> Digits | ClassFolders | DatabaseImages:
+    """Open one split of a data set: but for DIGITS, `root`/train or val of class folders, or train.lmdb or val.lmdb."""
     if name == "DIGITS":
         return Digits(train, size, transform)
+    if use_lmdb:
+        return DatabaseImages(Path(root) / ("train.lmdb" if train else "val.lmdb"), transform, class_to_idx)
     return ClassFolders(Path(root) / ("train" if train else "val"), transform, class_to_idx)
 
 
@@ -195,7 +223,9 @@ class EpochSampler(Sampler):
         self.rank, self.world, self.seed, self.epoch = rank, world, seed, 0
         self.repeated_aug = repeated_aug
         if repeated_aug:
-            self.base = RepeatAugSampler(range(n), world, rank, num_repeats=REPEATS)
+            # below 256 images the published rounding would take none: all are taken, where timm takes a third
+            ratio = world / REPEATS if n < 256 else 0
+            self.base = RepeatAugSampler(range(n), world, rank, num_repeats=REPEATS, selected_ratio=ratio)
         else:
             self.base = DistributedSampler(range(n), world, rank)
 
@@ -234,13 +264,14 @@ def build_val_dataset(args: argparse.Namespace, size: tuple[int, int], classes: 
     transform = build_transform(False, size, small=is_small(args, size), crop_ratio=args.eval_crop_ratio)
     if args.data_set == "DIGITS":
         return build_dataset("DIGITS", None, False, size, transform)
-    train = Path(args.data_path) / "train"
+    train = Path(args.data_path) / ("train.lmdb" if args.use_lmdb else "train")
     class_map = None
-    if train.is_dir():
-        class_map = find_classes(train)[1]
+    if train.exists():
+        found = DatabaseImages(train).classes if args.use_lmdb else find_classes(train)[0]
+        class_map = {name: i for i, name in enumerate(found)}
     elif classes:
         class_map = {name: i for i, name in enumerate(classes)}
-    return build_dataset(args.data_set, args.data_path, False, size, transform, class_map)
+    return build_dataset(args.data_set, args.data_path, False, size, transform, class_map, args.use_lmdb)
 
 
 def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]):
@@ -256,7 +287,7 @@ def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]):
         remode=args.remode,
         recount=args.recount,
     )
-    return build_dataset(args.data_set, args.data_path, True, size, transform)
+    return build_dataset(args.data_set, args.data_path, True, size, transform, use_lmdb=args.use_lmdb)
 
 
 def _loader(dataset: Dataset, args: argparse.Namespace, **kwargs) -> DataLoader:

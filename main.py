@@ -491,6 +491,7 @@ def close(args: argparse.Namespace, progress: dict[str, Any], seconds: float) ->
     best = Path(args.output_dir) / "best_checkpoint.pth"
     command = ["python", "main.py", "--eval", "--resume", str(best), "--model", args.model, "--data-set", args.data_set]
     command += ["--data-path", args.data_path] if args.data_path else []
+    command += ["--use-lmdb"] if args.use_lmdb else []
     command += ["--input-size", *map(str, args.input_size)] if args.input_size else []
     command += ["--nb-classes", str(args.nb_classes)] if args.nb_classes else []
     command += ["--model-kwargs", *(f"{k}={v}" for k, v in args.model_kwargs.items())] if args.model_kwargs else []

@@ -42,10 +42,6 @@ def names(transform: transforms.Compose) -> list[str]:
     return [type(t).__name__ for t in transform.transforms]
 
 
-def stored_path(folders: ClassFolders) -> list[str]:
-    return [path for path, _ in folders.samples]
-
-
 # digits
 
 
@@ -258,7 +254,7 @@ def test_below_256_images_repeated_augmentation_takes_all(n: int, world: int) ->
     ranks = [[index for index, _, _ in EpochSampler(n, True, 0, rank, world)] for rank in range(world)]
     assert {len(indices) for indices in ranks} == {-(-3 * n // world)}
     shown = Counter(index for indices in ranks for index in indices)
-    assert set(shown) == set(range(n)) and set(shown.values()) <= {3, 4}
+    assert set(shown) == set(range(n)) and min(shown.values()) == 3
     assert sum(shown.values()) - 3 * n < world  # the padding
 
 
@@ -356,10 +352,8 @@ FORMS = {
     "grey.png": lambda rgb: rgb.convert("L"),
     "grey_alpha.png": lambda rgb: rgb.convert("LA"),
     "palette.png": lambda rgb: rgb.quantize(4),
-    "palette.gif": lambda rgb: rgb.quantize(4),
     "rgba.png": lambda rgb: rgb.convert("RGBA"),
     "cmyk.jpg": lambda rgb: rgb.convert("CMYK"),
-    "bits.bmp": lambda rgb: rgb.convert("1"),
 }
 
 
@@ -368,13 +362,11 @@ def test_images_of_every_form_load_as_rgb(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "val" / "a"
     folder.mkdir(parents=True)
     image = FORMS[name](Image.new("RGB", (9, 7), COLOUR))
-    name = name.replace(".gif", ".png")
     image.save(folder / name, **({"transparency": b"\x00\x80"} if image.mode == "P" else {}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded, target = ClassFolders(tmp_path / "val")[0]
     assert (loaded.mode, loaded.size, target) == ("RGB", (9, 7), 0)
-    grey = round(0.299 * COLOUR[0] + 0.587 * COLOUR[1] + 0.114 * COLOUR[2])
-    expected = {"L": (grey,) * 3, "LA": (grey,) * 3, "1": None}.get(image.mode, COLOUR)
-    if expected is not None:
-        assert np.abs(np.asarray(loaded).astype(int) - expected).max() <= 3
+    luma = round(0.299 * COLOUR[0] + 0.587 * COLOUR[1] + 0.114 * COLOUR[2])
+    expected = (luma,) * 3 if image.mode in ("L", "LA") else COLOUR
+    assert np.abs(np.asarray(loaded).astype(int) - expected).max() <= 3

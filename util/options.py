@@ -161,6 +161,7 @@ def _add_data(parser: Parser) -> None:
     add = group.add_argument
     add("--data-set", default="IMNET", choices=DATA_SETS, help="all but DIGITS are folders: train/CLASS/, val/CLASS/")
     add("--data-path", default=None, help="folder of the data")
+    add("--use-lmdb", action="store_true", help="read train.lmdb and val.lmdb, as the published folder2lmdb.py wrote")
     add("--eval-crop-ratio", type=float, default=0.875)
     add("--num_workers", type=int, default=None, help="default: this process's share of the cores, at most 10")
     _switch(group, "pin-mem", True, "page-locked batches, for accelerators")
@@ -258,6 +259,8 @@ def _check_together(args: argparse.Namespace) -> None:
         raise InputError("--use-ema chooses the weights that --eval evaluates: add --eval, or leave it out")
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks in --output_dir: give one")
+    if args.use_lmdb and args.data_set == "DIGITS":
+        raise InputError("--use-lmdb is for data sets in folders, and --data-set DIGITS is none: leave it out")
     if args.data_set != "DIGITS" and not args.data_path and not args.only_test_speed:
         raise InputError(f"--data-set {args.data_set} needs --data-path FOLDER, with train/CLASS/ and val/CLASS/ in it")
 
