@@ -347,7 +347,6 @@ def test_an_empty_class_folder_is_named_wherever_it_is(tree) -> None:
             datasets.build_dataset("FOLDER", str(root), split == "train", (32, 32), None)
 
 
-COLOUR = (200, 30, 90)
 FORMS = {
     "grey.png": lambda rgb: rgb.convert("L"),
     "grey_alpha.png": lambda rgb: rgb.convert("LA"),
@@ -358,15 +357,18 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_images_of_every_form_load_as_rgb(tmp_path: Path, name: str) -> None:
+def test_images_of_every_form_load_as_rgb_without_a_warning(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "val" / "a"
     folder.mkdir(parents=True)
-    image = FORMS[name](Image.new("RGB", (9, 7), COLOUR))
-    image.save(folder / name, **({"transparency": b"\x00\x80"} if image.mode == "P" else {}))
+    rgb = Image.new("RGB", (32, 16), (200, 30, 90))
+    rgb.paste((40, 160, 220), (16, 0, 32, 16))
+    image = FORMS[name](rgb)
+    image.save(folder / name, **({"transparency": b"\x80\x40"} if image.mode == "P" else {}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded, target = ClassFolders(tmp_path / "val")[0]
-    assert (loaded.mode, loaded.size, target) == ("RGB", (9, 7), 0)
-    luma = round(0.299 * COLOUR[0] + 0.587 * COLOUR[1] + 0.114 * COLOUR[2])
-    expected = (luma,) * 3 if image.mode in ("L", "LA") else COLOUR
+    assert (loaded.mode, loaded.size, target) == ("RGB", (32, 16), 0)
+    expected = np.asarray(rgb).astype(int)
+    if image.mode in ("L", "LA"):
+        expected = np.rint(expected @ (0.299, 0.587, 0.114))[:, :, None]
     assert np.abs(np.asarray(loaded).astype(int) - expected).max() <= 3

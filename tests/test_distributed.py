@@ -51,20 +51,8 @@ def accuracies(text: str) -> list[tuple[float, float]]:
 
 def test_two_processes_train_evaluate_and_resume_the_digits(tmp_path, capsys):
     """The accuracy that they print, raw and EMA, is that of the file they saved, evaluated alone."""
-    flags = [*TINY.split(), "--data-set", "DIGITS", "--no-repeated-aug", "--batch-size", "64", "--warmup-epochs", "0"]
-    flags += [
-        "--mixup",
-        "0",
-        "--cutmix",
-        "0",
-        "--aa",
-        "none",
-        "--lr",
-        "5e-3",
-        "--unscale-lr",
-        "--model-ema-decay",
-        "0.9",
-    ]
+    flags = [*TINY.split(), *"--data-set DIGITS --no-repeated-aug --batch-size 64 --warmup-epochs 0".split()]
+    flags += "--mixup 0 --cutmix 0 --aa none --lr 5e-3 --unscale-lr --model-ema-decay 0.999".split()
     out = tmp_path / "out"
     for epochs in ("1", "2"):
         status, text, err = torchrun(2, *flags, "--epochs", epochs, "--output_dir", str(out), "--resume", "auto")

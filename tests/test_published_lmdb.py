@@ -31,8 +31,9 @@ def test_every_record_is_a_digit_with_its_label():
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.rint(digits.images[i] * (255 / 16)))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    ("method", "persistent"), [("fork", False), ("fork", True), ("spawn", True), ("forkserver", False)]
+)
 def test_workers_of_any_kind_read_what_the_parent_reads_before_and_after(method, persistent):
     dataset = datasets.DatabaseImages(GOLDEN, pil_to_tensor)
     other = datasets.DatabaseImages(GOLDEN, pil_to_tensor)  # train and val on one file
