@@ -2,11 +2,7 @@
 
 import argparse
 import copy
-import difflib
 import math
-import os
-import random
-import re
 import shlex
 import sys
 import time
@@ -16,24 +12,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
 import torch
-from timm.data import Mixup
-from timm.loss import BinaryCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
 import datasets
 import engine
-from models.dhvt import DHVT
+from builders import (
+    build_criterion,
+    build_model,
+    build_optimization,
+    find_amp_dtype,
+    find_input_size,
+    seed_everything,
+    synchronise_stem,
+)
 from util import checkpoint, distributed, options
 from util.distributed import print0
 from util.errors import InputError, NonFiniteLossError
 from util.log import RunLog, describe_versions
+from util.run_state import Progress, RunState, check_output_dir, load_resumed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = options.parse(sys.argv[1:] if argv is None else argv)
         run(args, distributed.init(args.device, args.dist_backend))
     except (InputError, NonFiniteLossError) as error:
-        line = (
-            str(error).strip().splitlines()[-1].removeprefix("util.errors.InputError: ")
-        )  # a loader's worker adds more
+        line = str(error).strip().splitlines()[-1]  # what comes from a loader's worker has its traceback before it
+        line = line.removeprefix("util.errors.InputError: ")
         where = f" [rank {distributed.rank()}]" if distributed.is_distributed() else ""
         print(f"main.py: error{where}: {line}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         report_speed(args, build_model(args, args.nb_classes, size).to(device), size, precision)
         return
     check_output_dir(args)
-    saved, source = load_checkpoint(args)
+    saved, source = load_resumed(args)
     if args.eval:
         run_evaluation(args, saved, source, size, precision)
     else:
@@ -104,16 +102,18 @@ def run_training(
     num_classes = count_classes(args, train_set.classes)
     train_loader, val_loader = datasets.build_train_loader(args, train_set), datasets.build_val_loader(args, val_set)
 
-    model = build_model(args, num_classes, size)
-    model = synchronise_stem(model, device).to(device)
-    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    ema = ema if args.model_ema else None
+    model = synchronise_stem(build_model(args, num_classes, size), device).to(device)
+    distributed.broadcast_state(model)  # the average starts from the same weights on every process
+    ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, args.model_ema_decay, device=ema_device) if args.model_ema else None
     optimizer, scheduler, lr_sum = build_optimization(args, model, device)
     criterion, mixup = build_criterion(args, num_classes)
-    state = {"model": model, "optimizer": optimizer, "model_ema": ema, "scaler": precision.scaler}
-    progress = resume(args, saved, source, state)
-    if progress["epoch"] + 1 >= args.epochs:
-        print0(f"{source}: this run is finished ({progress['epoch'] + 1} epochs of {args.epochs}); nothing to do")
+    state = RunState(model, ema, optimizer, scheduler, precision.scaler, train_set.classes)
+    if saved:
+        state.restore(saved, source, args)
+    progress, first_epoch = state.progress, state.progress.epoch + 1
+    if first_epoch >= args.epochs:
+        print0(f"{source}: this run is finished ({first_epoch} epochs of {args.epochs}); nothing to do")
         return
     net = distributed.wrap_ddp(model, device)
 
@@ -121,13 +121,13 @@ def run_training(
     updates = math.ceil(len(train_loader) / args.accum_steps)
     announce(args, train_loader, val_set, n_parameters, lr_sum, updates)
     log = RunLog(Path(args.output_dir) if args.output_dir else None)
-    start(log, args, progress["epoch"] + 1, lr_sum, n_parameters)
+    start(log, args, first_epoch, lr_sum, n_parameters)
     if args.test_speed:
         report_speed(args, model, size, precision)
 
     started = time.time()
     step_options = engine.StepOptions(args.accum_steps, args.clip_grad, mixup, args.print_freq)
-    for epoch in range(progress["epoch"] + 1, args.epochs):
+    for epoch in range(first_epoch, args.epochs):
         epoch_started = time.time()
         seed_everything(args.seed + distributed.rank(), epoch)
         train_loader.sampler.set_epoch(epoch)
@@ -138,157 +138,13 @@ def run_training(
         test = {}
         if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
             test = evaluate_both(model, ema, val_loader, precision)
-            log.scalars(epoch, test_acc1=test["test_acc1"], test_acc5=test["test_acc5"])
-        best = test.get("test_acc1", -1.0) > progress["max_accuracy"]
-        if best:
-            progress |= {"max_accuracy": test["test_acc1"], "best_epoch": epoch}
-        progress |= {
-            "epoch": epoch,
-            "max_accuracy_ema": max(progress["max_accuracy_ema"], test.get("test_ema_acc1", 0.0)),
-        }
+        best = progress.record(epoch, test)
         if test:
-            print0(f"Max accuracy: {progress['max_accuracy']:.2f}%")
-        log.epoch(
-            {k: train[k] for k in ("train_lr", "train_loss")}
-            | test
-            | {"epoch": epoch, "n_parameters": n_parameters, "images_per_s": train["images_per_s"]}
-            | {"data_wait": train["data_wait"], "epoch_seconds": time.time() - epoch_started}
-        )
-        save(args, state, scheduler, progress, train_set.classes, best)
+            print0(f"Max accuracy: {progress.max_accuracy:.2f}%")
+        log.epoch(train, test, epoch=epoch, n_parameters=n_parameters, epoch_seconds=time.time() - epoch_started)
+        state.save(args, best)
     log.close()
     close(args, progress, time.time() - started)
-
-
-def find_input_size(args: argparse.Namespace) -> tuple[int, int]:
-    """Give (height, width): --input-size, else the model's own. Raises InputError for an unknown model."""
-    if not timm.is_model(args.model):
-        near = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
-        raise InputError(f"--model {args.model}: no such model; {hint}")
-    if args.input_size is None:
-        try:
-            return tuple(timm.get_pretrained_cfg(args.model).input_size[-2:])
-        except RuntimeError as error:
-            raise InputError(f"--model {args.model}: {error} Leave out what follows the dot") from None
-    return tuple(args.input_size * 2)[:2]
-
-
-def find_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Resolve --amp: auto is bf16 on CUDA where the device has it, else fp16; none on the CPU."""
-    if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bf16" if distributed.bf16_supported(device) else "fp16"
-    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
-
-
-def seed_everything(seed: int, epoch: int | None = None) -> None:
-    """Seed the main random streams; anew each epoch, so that a resumed run needs no saved state to go on alike."""
-    entropy = (seed,) if epoch is None else (seed, epoch)
-    a, b, c = np.random.SeedSequence(entropy).generate_state(3).tolist()
-    random.seed(a)
-    np.random.seed(b)
-    torch.manual_seed(c)
-
-
-def build_model(args: argparse.Namespace, num_classes: int | None, size: tuple[int, int]) -> nn.Module:
-    """Create the model for `size` (height, width); models that take any size are not told it.
-
-    --drop acts inside a transformer's blocks, as published; timm's drop_rate would be the classifier's.
-    """
-    kwargs: dict[str, Any] = {"img_size": size, "drop_path_rate": args.drop_path}
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
-    if args.drop:
-        kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
-    optional = {"img_size"} | ({"drop_path_rate"} if args.drop_path == 0.1 else set())
-    kwargs |= args.model_kwargs
-    while True:
-        try:
-            return timm.create_model(args.model, **kwargs)
-        except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unknown is None or (name := unknown[1]) not in kwargs:
-                raise InputError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
-            if name not in optional or name in args.model_kwargs:
-                flags = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}
-                flag = f"--model-kwargs {name}" if name in args.model_kwargs else flags[name]
-                raise InputError(f"--model {args.model} takes no {name}: leave out {flag}") from None
-            del kwargs[name]
-        except (AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            given = "".join(f" {k}={v}" for k, v in args.model_kwargs.items())
-            given = f" with --model-kwargs{given}" if given else ""
-            raise InputError(f"--model {args.model} at {size[0]}x{size[1]} pixels{given}: {reason}") from None
-
-
-def synchronise_stem(model: nn.Module, device: torch.device) -> nn.Module:
-    """Synchronise the norms of DHVT's SOPE over the processes, as published; torch can on accelerators only."""
-    if isinstance(model, DHVT) and distributed.is_distributed():
-        if device.type == "cpu":
-            print0("SOPE's batch norms stay local to each process: torch has no synchronised norm for the CPU")
-        else:
-            model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
-    return model
-
-
-def build_optimization(
-    args: argparse.Namespace, model: nn.Module, device: torch.device
-) -> tuple[torch.optim.Optimizer, Scheduler, dict[str, Any]]:
-    """Create optimizer and schedule. The third value tells the effective batch and rate, and how they came about."""
-    world = distributed.world_size()
-    batch = args.batch_size * world * args.accum_steps
-    lr = args.lr if args.unscale_lr else args.lr * batch / 512
-    kwargs = {"fused": True} if device.type == "cuda" and args.opt.lower() in ("adam", "adamw") else {}
-    kwargs |= {} if args.opt_betas is None else {"betas": args.opt_betas}
-    try:
-        optimizer = create_optimizer_v2(
-            model, args.opt, lr, args.weight_decay, args.momentum, eps=args.opt_eps, **kwargs
-        )
-    except (ValueError, TypeError, AssertionError, KeyError) as error:
-        raise InputError(
-            f"--opt {args.opt}: {str(error).splitlines()[0]}; timm.optim.list_optimizers() has them"
-        ) from None
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            args.sched,
-            num_epochs=args.epochs,
-            decay_epochs=args.decay_epochs,
-            decay_milestones=[args.decay_epochs],
-            decay_rate=args.decay_rate,
-            min_lr=args.min_lr,
-            warmup_lr=args.warmup_lr,
-            warmup_epochs=args.warmup_epochs,
-            noise=args.lr_noise,
-            noise_pct=args.lr_noise_pct,
-            noise_std=args.lr_noise_std,
-            noise_seed=args.seed,
-        )
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"--sched {args.sched}: {str(error).splitlines()[0]}") from None
-    rule = "as given by --unscale-lr" if args.unscale_lr else f"{args.lr:g} x {batch} / 512"
-    text = (
-        f"effective batch {batch} = {args.batch_size} a process x {world} process(es) x {args.accum_steps} accumulated"
-        f"; learning rate {lr:g} = {rule}"
-    )
-    return optimizer, scheduler, {"effective_batch": batch, "effective_lr": lr, "text": text}
-
-
-def build_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Mixup | None]:
-    mixup = None
-    if options.mixup_active(args):
-        mixup = Mixup(
-            args.mixup,
-            args.cutmix,
-            args.cutmix_minmax,
-            args.mixup_prob,
-            args.mixup_switch_prob,
-            args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
-    if args.bce_loss:
-        return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0), mixup
-    return nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing), mixup
 
 
 def count_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
@@ -309,99 +165,6 @@ def check_classes(saved: dict[str, Any], source: str, classes: Sequence[str]) ->
         raise InputError(f"{source}: it has {len(theirs)} classes, and the data {len(classes)}: is --data-path right?")
     i = next(i for i, (a, b) in enumerate(zip(theirs, classes, strict=True)) if a != b)
     raise InputError(f"{source}: its class {i} is {theirs[i]}, and the data's is {classes[i]}: is --data-path right?")
-
-
-def check_output_dir(args: argparse.Namespace) -> None:
-    """Refuse a folder that cannot be written, and one that holds another run: training would overwrite it."""
-    if not args.output_dir:
-        return
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: it is a file; name a folder")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"--output_dir {folder}: {parent} cannot be written; name another folder")
-    if args.eval or args.resume == "auto" or not checkpoint.find_all(folder):
-        return
-    if not args.resume or Path(args.resume).resolve().parent != folder.resolve():
-        raise InputError(f"--output_dir {folder}: it holds a run; continue it by --resume auto, or name another folder")
-
-
-def load_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Read --resume on every process; rank 0 chooses what `auto` means. Returns ({}, "") where there is nothing."""
-    source = args.resume
-    if source == "auto":
-        source, found = distributed.broadcast_object(choose_newest(Path(args.output_dir)))
-        if not source and found:
-            raise InputError(
-                f"--resume auto: none of the {found} checkpoints in {args.output_dir} can be read; name another folder"
-            )
-        if not source and args.eval:
-            raise InputError(f"--resume auto: no checkpoint in {args.output_dir} to evaluate; name another folder")
-        print0(f"--resume auto: {source or f'no checkpoint in {args.output_dir}, starting afresh'}")
-    return (checkpoint.load(source), source) if source else ({}, "")
-
-
-def choose_newest(folder: Path) -> tuple[str, int]:
-    paths = checkpoint.find_all(folder) if distributed.is_primary() else []
-    for path in paths:
-        try:
-            checkpoint.load(path)
-            return str(path), len(paths)
-        except InputError as error:
-            print0(f"--resume auto: passed over {error}")
-    return "", len(paths)
-
-
-def resume(args: argparse.Namespace, saved: dict[str, Any], source: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Restore what `save` wrote; returns how far the run is. Rates follow today's flags, and what changed is said."""
-    progress = {"epoch": args.start_epoch - 1, "max_accuracy": 0.0, "max_accuracy_ema": 0.0, "best_epoch": None}
-    if not saved:
-        return progress
-    if "optimizer" not in saved:
-        raise InputError(f"{source}: weights only, so there is no run to resume; --eval evaluates it")
-    checkpoint.load_weights(state["model"], saved["model"], source)
-    checkpoint.load_optimizer(state["optimizer"], saved["optimizer"], source)
-    if saved.get("scaler") and state["scaler"].is_enabled():
-        state["scaler"].load_state_dict(saved["scaler"])
-    if state["model_ema"] is not None:
-        if saved.get("model_ema"):
-            checkpoint.load_weights(state["model_ema"].module, saved["model_ema"], source, "EMA weights")
-        else:
-            checkpoint.load_weights(state["model_ema"].module, saved["model"], source)
-            print0(f"{source}: no EMA in it; the average starts from the loaded weights")
-    progress |= {k: saved[k] for k in progress if saved.get(k) is not None}
-    before = saved.get("args", {})
-    before = vars(before) if isinstance(before, argparse.Namespace) else before
-    for name, now in checkpoint.plain(vars(args)).items():
-        then = checkpoint.plain(before.get(name, now))
-        if then != now and name not in ("resume", "output_dir", "device", "eval", "num_workers", "print_freq"):
-            print0(f"resume: --{name} was {then} and is {now} from here on")
-    return progress
-
-
-def save(
-    args: argparse.Namespace,
-    state: dict[str, Any],
-    scheduler: Scheduler,
-    progress: dict[str, Any],
-    classes: Sequence[str],
-    best: bool,
-) -> None:
-    if not args.output_dir or not distributed.is_primary():
-        return
-    ema, scaler = state["model_ema"], state["scaler"]
-    content = {
-        "model": state["model"].state_dict(),
-        "optimizer": state["optimizer"].state_dict(),
-        "lr_scheduler": scheduler.state_dict(),
-        "model_ema": None if ema is None else ema.module.state_dict(),
-        "scaler": scaler.state_dict() if scaler.is_enabled() else None,
-        "args": checkpoint.plain(vars(args)),
-        "classes": list(classes),
-        **progress,
-    }
-    checkpoint.save(content, Path(args.output_dir), args.keep_checkpoints, best)
 
 
 def announce(args, train_loader, val_set, n_parameters: int, lr_sum: dict[str, Any], updates: int) -> None:
@@ -480,11 +243,11 @@ def report_speed(
         checkpoint.write_atomic(folder / "speed_macs.txt", ("\n".join(lines) + "\n").encode())
 
 
-def close(args: argparse.Namespace, progress: dict[str, Any], seconds: float) -> None:
+def close(args: argparse.Namespace, progress: Progress, seconds: float) -> None:
     """Say how good it got, where that is, and how to see it again."""
-    ema = f"; EMA {progress['max_accuracy_ema']:.2f}%" if args.model_ema else ""
+    ema = f"; EMA {progress.max_accuracy_ema:.2f}%" if args.model_ema else ""
     print0(f"Trained for {timedelta(seconds=round(seconds))}")
-    text = f"Best accuracy {progress['max_accuracy']:.2f}% (epoch {progress['best_epoch']}{ema})"
+    text = f"Best accuracy {progress.max_accuracy:.2f}% (epoch {progress.best_epoch}{ema})"
     if not args.output_dir:
         print0(f"{text}; nothing was saved: no --output_dir")
         return

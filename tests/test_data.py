@@ -192,6 +192,7 @@ def test_a_sample_depends_on_seed_epoch_and_position_alone() -> None:
         assert torch.equal(image, Seeded(train, seed)[key][0])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on one core
 def test_any_number_of_workers_gives_the_same_batches() -> None:
     def read(workers: int) -> list[list[torch.Tensor]]:
         args = parse("--batch-size", "20", "--num_workers", str(workers), "--seed", "3")

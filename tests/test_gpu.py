@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from test_distributed import ROOT, torchrun
+from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, TensorDataset
 
+import builders
 import engine
 import main
 from util import options
@@ -37,17 +39,17 @@ def test_training_learns_and_resumes_in_every_precision(tree, tmp_path, amp, dat
 
 def test_auto_precision_is_what_the_device_has():
     expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    assert main.find_amp_dtype("auto", CUDA) is expected
+    assert builders.find_amp_dtype("auto", CUDA) is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
 def test_no_step_waits_for_the_device(dtype, monkeypatch):
     """Mixup, clipping, EMA and accumulation on; only the reading of the losses, every --print-freq steps, may wait."""
     args = options.parse([*TINY.split(), "--data-set", "DIGITS", "--clip-grad", "1", "--drop-path", "0.1"])
-    model = main.build_model(args, 10, (32, 32)).to(CUDA)
-    optimizer, _, _ = main.build_optimization(args, model, CUDA)
-    criterion, mixup = main.build_criterion(args, 10)
-    ema = main.ModelEmaV3(model, 0.99)
+    model = builders.build_model(args, 10, (32, 32)).to(CUDA)
+    optimizer, _, _ = builders.build_optimization(args, model, CUDA)
+    criterion, mixup = builders.build_criterion(args, 10)
+    ema = ModelEmaV3(model, 0.99)
     images = TensorDataset(torch.randn(96, 3, 32, 32), torch.randint(10, (96,)))
     loader = DataLoader(images, batch_size=8, pin_memory=True)
     read = engine.LossWatch.read
@@ -76,7 +78,7 @@ JOINT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import timm, torch
-import main
+import builders
 from util import distributed
 
 device = distributed.init("cuda", "gloo")
@@ -85,7 +87,7 @@ torch.manual_seed(0)
 model = build()
 alone = build()
 alone.load_state_dict(model.state_dict())
-model, alone = main.synchronise_stem(model, device).to(device).train(), alone.to(device).train()
+model, alone = builders.synchronise_stem(model, device).to(device).train(), alone.to(device).train()
 images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
 model(images[distributed.rank() * 6 :][:6])
 alone(images)
@@ -107,7 +109,7 @@ def test_two_ranks_on_one_gpu_give_sopes_norms_the_joint_batchs_statistics(tmp_p
 
 def test_benchmark_measures_the_device():
     args = options.parse([*TINY.split(), "--data-set", "DIGITS"])
-    model = main.build_model(args, 10, (32, 32)).to(CUDA)
+    model = builders.build_model(args, 10, (32, 32)).to(CUDA)
     for train in (False, True):
         found = engine.benchmark(model, (32, 32), 32, engine.Precision(CUDA, torch.bfloat16), train, min_seconds=0.1)
         assert found["images_per_s"] > 0 and found["device"] == torch.cuda.get_device_name(0)

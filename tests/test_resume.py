@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 
+import builders
 import main
 from util import checkpoint
 from util.errors import InputError
@@ -318,7 +319,7 @@ def test_the_optimizer_of_a_published_checkpoint_goes_by_index():
         opt_eps=1e-8, opt_betas=None, sched="cosine", epochs=3, decay_epochs=30, decay_rate=0.1, min_lr=0.0,
         warmup_lr=0.0, warmup_epochs=0, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0, seed=0,
     )  # fmt: skip
-    optimizer, _, _ = main.build_optimization(args, model, torch.device("cpu"))
+    optimizer, _, _ = builders.build_optimization(args, model, torch.device("cpu"))
     plain, decayed = ([names[id(p)] for p in g["params"]] for g in optimizer.param_groups)
     expected = [n for n, p in model.named_parameters() if p.ndim >= 2 and n != "cls_token"]
     assert decayed == expected and "blocks.0.attn.pos_embed" in expected and "patch_embed.pre_affine.alpha" in expected

@@ -13,6 +13,7 @@ from tensorboardX.proto import event_pb2
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import builders
 import engine
 import main
 from util import options
@@ -153,7 +154,7 @@ def test_evaluation_counts_every_sample_once_and_names_the_k_of_top_k(classes):
 
 def schedule(flags: list[str], epochs: int) -> list[float]:
     args = options.parse(["--data-set", "DIGITS", "--epochs", str(epochs), *flags])
-    optimizer, scheduler, _ = main.build_optimization(args, nn.Linear(2, 2), CPU)
+    optimizer, scheduler, _ = builders.build_optimization(args, nn.Linear(2, 2), CPU)
     rates = []
     for epoch in range(epochs):
         scheduler.step(epoch)
@@ -183,12 +184,12 @@ def test_other_schedules_and_unscaled_rates():
 
 def test_effective_rate_is_scaled_by_the_whole_batch():
     args = options.parse(["--data-set", "DIGITS", "--batch-size", "96", "--accum-steps", "4", "--lr", "1e-3"])
-    _, _, found = main.build_optimization(args, nn.Linear(2, 2), CPU)
+    _, _, found = builders.build_optimization(args, nn.Linear(2, 2), CPU)
     assert found["effective_batch"] == 384 and found["effective_lr"] == pytest.approx(1e-3 * 384 / 512)
 
 
 def criterion(*flags: str):
-    return main.build_criterion(options.parse(["--data-set", "DIGITS", *flags]), 4)
+    return builders.build_criterion(options.parse(["--data-set", "DIGITS", *flags]), 4)
 
 
 def test_criteria_are_the_published_ones():
@@ -300,8 +301,8 @@ def test_mixed_precision_runs_the_model_in_it_and_the_loss_in_float32(dtype):
 
 
 def test_precision_auto_is_off_on_the_cpu():
-    assert main.find_amp_dtype("auto", CPU) is None
-    assert main.find_amp_dtype("bf16", CPU) is torch.bfloat16
+    assert builders.find_amp_dtype("auto", CPU) is None
+    assert builders.find_amp_dtype("bf16", CPU) is torch.bfloat16
 
 
 def test_benchmark_reports_repeats_and_leaves_the_model_alone():
@@ -431,12 +432,12 @@ def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(tiny_flags, t
 
 def test_dropout_flag_reaches_the_blocks_not_the_classifier():
     args = options.parse(["--data-set", "DIGITS", "--model", "dhvt_tiny_cifar_patch4", "--drop", "0.3"])
-    model = main.build_model(args, 10, (32, 32))
+    model = builders.build_model(args, 10, (32, 32))
     assert {b.attn.proj_drop.p for b in model.blocks} == {0.3} and model.head_drop.p == 0.0
 
 
 @pytest.mark.parametrize(("model", "size"), [("resnet10t", (48, 64)), ("deit_tiny_patch16_224", (48, 64))])
 def test_any_timm_model_takes_the_input_size(model, size):
     args = options.parse(["--data-set", "DIGITS", "--model", model, "--input-size", *map(str, size)])
-    assert main.find_input_size(args) == size
-    assert main.build_model(args, 7, size).eval()(torch.zeros(1, 3, *size)).shape == (1, 7)
+    assert builders.find_input_size(args) == size
+    assert builders.build_model(args, 7, size).eval()(torch.zeros(1, 3, *size)).shape == (1, 7)

@@ -79,9 +79,10 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     count = torch.accelerator.device_count()
     if device.index is not None and device.index >= count:
         raise InputError(f"--device {name}: there are {count}, numbered from 0")
-    index = local_rank % count if device.index is None or is_distributed() else device.index
+    index = device.index if device.index is not None and find_world()[2] == 1 else local_rank % count
     device = torch.device(device.type, index)
     torch.accelerator.set_device_index(index)
+    torch.backends.cudnn.benchmark = True  # one input size: the fastest convolution is found once
     return device
 
 
@@ -145,6 +146,13 @@ def broadcast_object(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def broadcast_state(module: nn.Module) -> None:
+    """Give every process rank 0's weights and buffers."""
+    if is_distributed():
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 def broadcast_buffers(*modules: nn.Module | None) -> None:

@@ -33,7 +33,9 @@ class Progress:
         self.advance(done)
         if self.bar is not None:
             self.bar.set_postfix(figures)
-            return
+            if done < self.total:
+                return
+            self.close()  # the epoch's last line stays on the screen
         left = (time.perf_counter() - self.started) / done * (self.total - done)
         text = "  ".join(f"{k} {v}" for k, v in figures.items())
         distributed.print0(f"{self.title}  [{done}/{self.total}]  {text}  left {timedelta(seconds=round(left))}")
@@ -41,6 +43,7 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
 
 class RunLog:
@@ -78,10 +81,15 @@ class RunLog:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def epoch(self, line: dict[str, Any]) -> None:
-        if self.folder is not None:
-            with open(self.folder / "log.txt", "a") as f:
-                f.write(json.dumps(line) + "\n")
+    def epoch(self, train: dict[str, float], test: dict[str, float], **more: float) -> None:
+        """Add a line to log.txt: rate and loss, evaluation if there was one, the rest; times come last."""
+        if self.folder is None:
+            return
+        rate_and_loss = {k: train[k] for k in ("train_lr", "train_loss")}
+        speed = {k: v for k, v in train.items() if k not in rate_and_loss}
+        with open(self.folder / "log.txt", "a") as f:
+            f.write(json.dumps(rate_and_loss | test | more | speed) + "\n")
+        self.scalars(more["epoch"], **{k: test[k] for k in ("test_acc1", "test_acc5") if k in test})
 
     def close(self) -> None:
         if self.writer is not None:

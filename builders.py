@@ -1,0 +1,154 @@
+"""From the command line's namespace to model, optimizer, schedule and criterion."""
+
+import argparse
+import difflib
+import random
+import re
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from models.dhvt import DHVT
+from util import distributed, options
+from util.distributed import print0
+from util.errors import InputError
+
+
+def find_input_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Give (height, width): --input-size, else the model's own. Raises InputError for an unknown model."""
+    if not timm.is_model(args.model):
+        near = difflib.get_close_matches(args.model, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise InputError(f"--model {args.model}: no such model; {hint}")
+    if args.input_size is None:
+        try:
+            return tuple(timm.get_pretrained_cfg(args.model).input_size[-2:])
+        except RuntimeError as error:
+            raise InputError(f"--model {args.model}: {error} Leave out what follows the dot") from None
+    return tuple(args.input_size * 2)[:2]
+
+
+def find_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """Resolve --amp: auto is bf16 on CUDA where the device has it, else fp16; none on the CPU."""
+    if amp == "auto":
+        amp = "off" if device.type != "cuda" else "bf16" if distributed.bf16_supported(device) else "fp16"
+    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+
+
+def seed_everything(seed: int, epoch: int | None = None) -> None:
+    """Seed the main random streams; anew each epoch, so that a resumed run needs no saved state to go on alike."""
+    entropy = (seed,) if epoch is None else (seed, epoch)
+    a, b, c = np.random.SeedSequence(entropy).generate_state(3).tolist()
+    random.seed(a)
+    np.random.seed(b)
+    torch.manual_seed(c)
+
+
+def build_model(args: argparse.Namespace, num_classes: int | None, size: tuple[int, int]) -> nn.Module:
+    """Create the model for `size` (height, width); models that take any size are not told it.
+
+    --drop acts inside a transformer's blocks, as published; timm's drop_rate would be the classifier's.
+    """
+    kwargs: dict[str, Any] = {"img_size": size, "drop_path_rate": args.drop_path}
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if args.drop:
+        kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
+    optional = {"img_size"} | ({"drop_path_rate"} if args.drop_path == 0.1 else set())
+    kwargs |= args.model_kwargs
+    while True:
+        try:
+            return timm.create_model(args.model, **kwargs)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or (name := unknown[1]) not in kwargs:
+                raise InputError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+            if name not in optional or name in args.model_kwargs:
+                flags = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}
+                flag = f"--model-kwargs {name}" if name in args.model_kwargs else flags[name]
+                raise InputError(f"--model {args.model} takes no {name}: leave out {flag}") from None
+            del kwargs[name]
+        except (AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            given = "".join(f" {k}={v}" for k, v in args.model_kwargs.items())
+            given = f" with --model-kwargs{given}" if given else ""
+            raise InputError(f"--model {args.model} at {size[0]}x{size[1]} pixels{given}: {reason}") from None
+
+
+def synchronise_stem(model: nn.Module, device: torch.device) -> nn.Module:
+    """Synchronise the norms of DHVT's SOPE over the processes, as published; torch can on accelerators only."""
+    if isinstance(model, DHVT) and distributed.is_distributed():
+        if device.type == "cpu":
+            print0("SOPE's batch norms stay local to each process: torch has no synchronised norm for the CPU")
+        else:
+            model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
+    return model
+
+
+def build_optimization(
+    args: argparse.Namespace, model: nn.Module, device: torch.device
+) -> tuple[torch.optim.Optimizer, Scheduler, dict[str, Any]]:
+    """Create optimizer and schedule. The third value tells the effective batch and rate, and how they came about."""
+    world = distributed.world_size()
+    batch = args.batch_size * world * args.accum_steps
+    lr = args.lr if args.unscale_lr else args.lr * batch / 512
+    kwargs = {"fused": True} if device.type == "cuda" and args.opt.lower() in ("adam", "adamw") else {}
+    kwargs |= {} if args.opt_betas is None else {"betas": args.opt_betas}
+    try:
+        optimizer = create_optimizer_v2(
+            model, args.opt, lr, args.weight_decay, args.momentum, eps=args.opt_eps, **kwargs
+        )
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        raise InputError(
+            f"--opt {args.opt}: {str(error).splitlines()[0]}; timm.optim.list_optimizers() has them"
+        ) from None
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            args.sched,
+            num_epochs=args.epochs,
+            decay_epochs=args.decay_epochs,
+            decay_milestones=[args.decay_epochs],
+            decay_rate=args.decay_rate,
+            min_lr=args.min_lr,
+            warmup_lr=args.warmup_lr,
+            warmup_epochs=args.warmup_epochs,
+            noise=args.lr_noise,
+            noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std,
+            noise_seed=args.seed,
+        )
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"--sched {args.sched}: {str(error).splitlines()[0]}") from None
+    rule = "as given by --unscale-lr" if args.unscale_lr else f"{args.lr:g} x {batch} / 512"
+    text = (
+        f"effective batch {batch} = {args.batch_size} a process x {world} process(es) x {args.accum_steps} accumulated"
+        f"; learning rate {lr:g} = {rule}"
+    )
+    return optimizer, scheduler, {"effective_batch": batch, "effective_lr": lr, "text": text}
+
+
+def build_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Mixup | None]:
+    mixup = None
+    if options.mixup_active(args):
+        mixup = Mixup(
+            args.mixup,
+            args.cutmix,
+            args.cutmix_minmax,
+            args.mixup_prob,
+            args.mixup_switch_prob,
+            args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+    if args.bce_loss:
+        return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0), mixup
+    return nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing), mixup

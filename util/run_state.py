@@ -1,0 +1,137 @@
+"""What a run saves and restores: one symmetrical pair, and where to find it."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from util import checkpoint, distributed
+from util.distributed import print0
+from util.errors import InputError
+
+SILENT = {"resume", "output_dir", "device", "eval", "num_workers", "print_freq"}  # changes that change no result
+
+
+@dataclass
+class Progress:
+    """How far a run is: the last finished epoch, from 0, and the best accuracies (percent) so far."""
+
+    epoch: int = -1
+    max_accuracy: float = 0.0
+    max_accuracy_ema: float = 0.0
+    best_epoch: int | None = None
+
+    def record(self, epoch: int, test: dict[str, float]) -> bool:
+        """Note an epoch and its evaluation, if there was one; tell whether it is the best so far."""
+        self.epoch = epoch
+        best = "test_acc1" in test and (self.best_epoch is None or test["test_acc1"] > self.max_accuracy)
+        if best:
+            self.max_accuracy, self.best_epoch = test["test_acc1"], epoch
+        self.max_accuracy_ema = max(self.max_accuracy_ema, test.get("test_ema_acc1", 0.0))
+        return best
+
+
+@dataclass
+class RunState:
+    """All that a run changes. Random streams are not among it: they are seeded anew each epoch."""
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    classes: Sequence[str]
+    progress: Progress = field(default_factory=Progress)
+
+    def save(self, args: argparse.Namespace, best: bool) -> None:
+        """Write the checkpoint, on rank 0 and if there is an --output_dir."""
+        if not args.output_dir or not distributed.is_primary():
+            return
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "args": checkpoint.plain(vars(args)),
+            "classes": list(self.classes),
+            **asdict(self.progress),
+        }
+        checkpoint.save(content, Path(args.output_dir), args.keep_checkpoints, best)
+
+    def restore(self, saved: dict[str, Any], source: str, args: argparse.Namespace) -> None:
+        """Take up what `save` wrote, or a published checkpoint holds.
+
+        Rates follow today's flags: the schedule is a function of the epoch. What changed since is said.
+        """
+        if "optimizer" not in saved:
+            raise InputError(f"{source}: weights only, so there is no run to resume; --eval evaluates it")
+        checkpoint.load_weights(self.model, saved["model"], source)
+        checkpoint.load_optimizer(self.optimizer, saved["optimizer"], source)
+        if saved.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None:
+            if saved.get("model_ema"):
+                checkpoint.load_weights(self.ema.module, saved["model_ema"], source, "EMA weights")
+            else:
+                checkpoint.load_weights(self.ema.module, saved["model"], source)
+                print0(f"{source}: no EMA in it; the average starts from the loaded weights")
+        self.progress = Progress(epoch=args.start_epoch - 1)
+        for name in asdict(self.progress):
+            if saved.get(name) is not None:
+                setattr(self.progress, name, saved[name])
+        before = saved.get("args", {})
+        before = vars(before) if isinstance(before, argparse.Namespace) else before
+        for name, now in checkpoint.plain(vars(args)).items():
+            then = checkpoint.plain(before.get(name, now))
+            if then != now and name not in SILENT:
+                print0(f"resume: --{name} was {then} and is {now} from here on")
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Refuse a folder that cannot be written, and one that holds another run: training would overwrite it."""
+    if not args.output_dir:
+        return
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: it is a file; name a folder")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--output_dir {folder}: {parent} cannot be written; name another folder")
+    if args.eval or args.resume == "auto" or not checkpoint.find_all(folder):
+        return
+    if not args.resume or Path(args.resume).resolve().parent != folder.resolve():
+        raise InputError(f"--output_dir {folder}: it holds a run; continue it by --resume auto, or name another folder")
+
+
+def load_resumed(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Read --resume on every process; rank 0 chooses what `auto` means. Returns ({}, "") where there is nothing."""
+    source = args.resume
+    if source == "auto":
+        source, found = distributed.broadcast_object(_choose_newest(Path(args.output_dir)))
+        if not source and found:
+            raise InputError(
+                f"--resume auto: none of the {found} checkpoints in {args.output_dir} can be read; name another folder"
+            )
+        if not source and args.eval:
+            raise InputError(f"--resume auto: no checkpoint in {args.output_dir} to evaluate; name another folder")
+        print0(f"--resume auto: {source or f'no checkpoint in {args.output_dir}, starting afresh'}")
+    return (checkpoint.load(source), source) if source else ({}, "")
+
+
+def _choose_newest(folder: Path) -> tuple[str, int]:
+    paths = checkpoint.find_all(folder) if distributed.is_primary() else []
+    for path in paths:
+        try:
+            checkpoint.load(path)
+            return str(path), len(paths)
+        except InputError as error:
+            print0(f"--resume auto: passed over {error}")
+    return "", len(paths)
