@@ -66,7 +66,10 @@ def build_model(args: argparse.Namespace, num_classes: int | None, size: tuple[i
     kwargs |= args.model_kwargs
     while True:
         try:
-            return timm.create_model(args.model, **kwargs)
+            model = timm.create_model(args.model, **kwargs)
+            if min(getattr(getattr(model, "patch_embed", None), "grid_size", None) or size) < 1:
+                raise ValueError("smaller than a patch; give a larger --input-size")
+            return model
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or (name := unknown[1]) not in kwargs:

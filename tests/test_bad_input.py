@@ -130,6 +130,9 @@ ROWS = {
     "smoothing": Row("--smoothing 1.0", "--smoothing 1", "below 1"),
     "bce and smoothing": Row("--bce-loss", "--smoothing 0.1", "add --smoothing 0"),
     "betas": Row("--opt-betas 0.9 1.0", "--opt-betas 0.9 1.0", "below 1"),
+    "lr noise": Row("--lr-noise 0.2 1.5", "--lr-noise 0.2 1.5", "from 0 to 1"),
+    "start epoch": Row("--start_epoch 5", "--start_epoch 5", "lower it"),
+    "digits in a database": Row("--use-lmdb", "--use-lmdb", "leave it out"),
     "one beta": Row("--opt-betas 0.9", "--opt-betas 0.9", "2 numbers"),
     "crop ratio": Row("--eval-crop-ratio 0", "--eval-crop-ratio 0", "above 0"),
     "three sides": Row("--input-size 32 32 32", "--input-size 32 32 32", "height and width"),
@@ -158,6 +161,9 @@ ROWS = {
     "size twice": Row("--model-kwargs img_size=64", "img_size=64", "--input-size"),
     "classes twice": Row("--model-kwargs num_classes=3", "num_classes=3", "--nb-classes"),
     "tag": Row("--model resnet18.best --model-kwargs", "resnet18.best", "Leave out what follows the dot"),
+    "size below a patch": Row(
+        "--model vit_tiny_patch16_224 --input-size 8 --model-kwargs", "8x8", "larger --input-size"
+    ),
     "no dropout": Row("--model resnet18 --model-kwargs --drop 0.1", "resnet18", "leave out --drop"),
     # the output folder
     "out is a file": Row("--output_dir data/note", "data/note", "name a folder", lambda: Path("data/note").touch()),

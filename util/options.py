@@ -231,6 +231,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.input_size is not None and (len(args.input_size) > 2 or min(args.input_size) < 1):
         raise InputError(f"--input-size {' '.join(map(str, args.input_size))} must be one number or height and width")
     betas = 3 if "adan" in args.opt.lower() else 2
+    if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and all(0 <= v <= 1 for v in args.lr_noise)):
+        given = " ".join(map(str, args.lr_noise))
+        raise InputError(f"--lr-noise {given} must be one or two fractions of the epochs, from 0 to 1")
     if args.opt_betas is not None and not (len(args.opt_betas) == betas and all(0 <= b < 1 for b in args.opt_betas)):
         given = " ".join(map(str, args.opt_betas))
         raise InputError(f"--opt-betas {given} must be {betas} numbers for --opt {args.opt}, at least 0 and below 1")
@@ -242,14 +245,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    training = not (args.eval or args.only_test_speed)
-    if training and mixup_active(args) and args.batch_size % 2:
-        raise InputError(f"--batch-size {args.batch_size} must be even for mixup and cutmix (or --mixup 0 --cutmix 0)")
-    if training and mixup_active(args) and args.bce_loss and args.smoothing:
-        raise InputError(
-            f"--bce-loss makes every target above 0 a 1, which --smoothing {args.smoothing:g} makes all of them: "
-            "add --smoothing 0"
-        )
+    if not (args.eval or args.only_test_speed):
+        _check_training(args)
     for name, flag in (("img_size", "--input-size"), ("num_classes", "--nb-classes")):
         if name in args.model_kwargs:
             raise InputError(f"--model-kwargs {name}={args.model_kwargs[name]}: give {flag}, which the data follow too")
@@ -263,6 +260,18 @@ def _check_together(args: argparse.Namespace) -> None:
         raise InputError("--use-lmdb is for data sets in folders, and --data-set DIGITS is none: leave it out")
     if args.data_set != "DIGITS" and not args.data_path and not args.only_test_speed:
         raise InputError(f"--data-set {args.data_set} needs --data-path FOLDER, with train/CLASS/ and val/CLASS/ in it")
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    if mixup_active(args) and args.batch_size % 2:
+        raise InputError(f"--batch-size {args.batch_size} must be even for mixup and cutmix (or --mixup 0 --cutmix 0)")
+    if mixup_active(args) and args.bce_loss and args.smoothing:
+        raise InputError(
+            f"--bce-loss makes every target above 0 a 1, which --smoothing {args.smoothing:g} makes all of them: "
+            "add --smoothing 0"
+        )
+    if not args.resume and args.start_epoch >= args.epochs:
+        raise InputError(f"--start_epoch {args.start_epoch} leaves nothing to do of --epochs {args.epochs}: lower it")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
