@@ -271,7 +271,11 @@ def build_val_dataset(args: argparse.Namespace, size: tuple[int, int], classes: 
         class_map = {name: i for i, name in enumerate(found)}
     elif classes:
         class_map = {name: i for i, name in enumerate(classes)}
-    return build_dataset(args.data_set, args.data_path, False, size, transform, class_map, args.use_lmdb)
+    dataset = build_dataset(args.data_set, args.data_path, False, size, transform, class_map, args.use_lmdb)
+    missing = [] if args.use_lmdb else sorted(set(dataset.classes) - {dataset.classes[t] for t in dataset.targets})
+    if missing:
+        distributed.print0(f"val/ lacks {len(missing)} of the {len(dataset.classes)} classes: {', '.join(missing[:5])}")
+    return dataset
 
 
 def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]):

@@ -20,6 +20,8 @@ TINY = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with timm's own tests, the longest, so that the processes end together; skip what needs a GPU."""
+    items.sort(key=lambda item: "test_timm_contract" not in item.nodeid)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

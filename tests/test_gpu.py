@@ -38,7 +38,7 @@ def test_training_learns_and_resumes_in_every_precision(tree, tmp_path, amp, dat
 
 
 def test_auto_precision_is_what_the_device_has():
-    expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    expected = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     assert builders.find_amp_dtype("auto", CUDA) is expected
 
 

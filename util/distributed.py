@@ -181,7 +181,7 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def bf16_supported(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
