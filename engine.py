@@ -50,7 +50,7 @@ class StepOptions:
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Callable[[Tensor, Tensor | tuple[Tensor, Tensor], Tensor], Tensor],
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
@@ -59,6 +59,8 @@ def train_one_epoch(
     ema: nn.Module | None = None,
 ) -> dict[str, float]:
     """Train for one pass over the loader; `model` may be wrapped for several processes.
+
+    `criterion(samples, outputs, targets)` is called outside autocast, with the model's outputs as they are.
 
     The loss stays on the device and is read every `print_freq` updates, averaged over the processes: nothing else in
     the loop waits for the device. The batches left over at the end make a last, smaller update. Returns train_loss,
@@ -92,7 +94,7 @@ def train_one_epoch(
             with no_sync():
                 with precision.autocast():
                     outputs = model(samples)
-                loss = criterion(outputs.float(), targets) / count
+                loss = criterion(samples, outputs, targets) / count
                 precision.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         if options.clip_grad is not None:

@@ -28,6 +28,7 @@ from builders import (
     seed_everything,
     synchronise_stem,
 )
+from losses import ImageLoss
 from util import checkpoint, distributed, options
 from util.distributed import print0
 from util.errors import InputError, NonFiniteLossError
@@ -126,6 +127,7 @@ def run_training(
         report_speed(args, model, size, precision)
 
     started = time.time()
+    criterion = ImageLoss(criterion)
     step_options = engine.StepOptions(args.accum_steps, args.clip_grad, mixup, args.print_freq)
     for epoch in range(first_epoch, args.epochs):
         epoch_started = time.time()

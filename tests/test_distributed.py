@@ -203,6 +203,7 @@ WORKER = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import engine
+from losses import ImageLoss
 from torch.nn import functional as F
 from util import distributed
 
@@ -221,7 +222,7 @@ optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 options = engine.StepOptions(accum_steps=3, print_freq=1)
 reduced = []
 ddp.register_forward_pre_hook(lambda module, _: reduced.append("-+"[module.require_backward_grad_sync]))
-engine.train_one_epoch(ddp, F.cross_entropy, batches, optimizer, engine.Precision(device), 0, options)
+engine.train_one_epoch(ddp, ImageLoss(F.cross_entropy), batches, optimizer, engine.Precision(device), 0, options)
 alone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
 torch.manual_seed(0)
 alone[1].reset_parameters()

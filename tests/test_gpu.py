@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import builders
 import engine
 import main
+from losses import ImageLoss
 from util import options
 
 pytestmark = pytest.mark.gpu
@@ -63,7 +64,9 @@ def test_no_step_waits_for_the_device(dtype, monkeypatch):
 
     def run():
         step = engine.StepOptions(accum_steps=2, clip_grad=1.0, mixup=mixup, print_freq=3)
-        engine.train_one_epoch(model, criterion, loader, optimizer, engine.Precision(CUDA, dtype), 0, step, ema)
+        engine.train_one_epoch(
+            model, ImageLoss(criterion), loader, optimizer, engine.Precision(CUDA, dtype), 0, step, ema
+        )
 
     run()  # lazy initialisation may wait
     monkeypatch.setattr(engine.LossWatch, "read", reading)

@@ -16,6 +16,7 @@ from torch import nn
 import builders
 import engine
 import main
+from losses import ImageLoss
 from util import options
 from util.errors import NonFiniteLossError
 
@@ -58,7 +59,7 @@ def train(model, batches, ema=None, criterion=F.cross_entropy, precision=None, o
     optimizer = optimizer(model.parameters())
     precision = precision or engine.Precision(CPU)
     stats = engine.train_one_epoch(
-        model, criterion, batches, optimizer, precision, 0, engine.StepOptions(**options_), ema
+        model, ImageLoss(criterion), batches, optimizer, precision, 0, engine.StepOptions(**options_), ema
     )
     return stats, optimizer
 

@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 
 from util.errors import InputError
 
-DATA_SETS = ("DIGITS", "FOLDER", "IMNET", "clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+DOMAIN_NET = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+FOLDERS = ("FOLDER", "IMNET", *DOMAIN_NET)  # train/CLASS/ and val/CLASS/, or LMDB
+DATA_SETS = ("DIGITS", *FOLDERS, "CIFAR", "CIFAR-10", "INAT", "INAT19")
+RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 NO_EFFECT = {
     "resplit": "as in the published scripts",
@@ -70,7 +73,8 @@ def build_parser() -> Parser:
         description="Train and evaluate DHVT and any timm model on images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for add in (_add_run, _add_model, _add_optimization, _add_augmentation, _add_data, _add_distributed):
+    groups = (_add_run, _add_model, _add_finetuning, _add_optimization, _add_augmentation, _add_data)
+    for add in (*groups, _add_distillation, _add_distribution):
         add(parser)
     return parser
 
@@ -88,7 +92,7 @@ def _add_run(parser: Parser) -> None:
     add("--start_epoch", default=0, type=int, help="for a checkpoint that does not say its epoch")
     add("--keep-checkpoints", default=2, type=int, help="how many of the last epochs' checkpoints to keep")
     add("--eval", action="store_true", help="evaluate the --resume checkpoint and stop")
-    add("--use-ema", action="store_true", help="with --eval: the checkpoint's EMA weights")
+    add("--use-ema", action="store_true", help="with --eval or --finetune: the checkpoint's EMA weights")
     add("--eval-freq", default=1, type=int, help="evaluate every so many epochs, and after the last")
     add("--print-freq", default=10, type=int, help="steps between reports")
     add("--test_speed", action="store_true", help="measure throughput and MACs, then go on")
@@ -110,6 +114,15 @@ def _add_model(parser: Parser) -> None:
     _switch(group, "model-ema", True, "keep an exponential moving average of the weights, and evaluate it too")
     add("--model-ema-decay", type=float, default=0.99996)
     add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
+
+
+def _add_finetuning(parser: Parser) -> None:
+    group = parser.add_argument_group("fine-tuning")
+    add = group.add_argument
+    add("--finetune", default="", metavar="FILE|URL", help="weights to start from; heads of another shape start anew")
+    add("--freeze", default="", metavar="head|N", help="train the head alone, or the last N blocks, norm and head")
+    add("--layer-decay", type=float, default=None, help="factor of the rate from each layer to the one below it")
+    _switch(group, "train-mode", True, "train in training mode; the published fine-tuning did not")
 
 
 def _add_optimization(parser: Parser) -> None:
@@ -142,6 +155,8 @@ def _add_augmentation(parser: Parser) -> None:
     add("--color-jitter", type=float, default=0.4, help="without effect while --aa is on")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none")
     add("--smoothing", type=float, default=0.1)
+    add("--ThreeAugment", action="store_true", help="DeiT III's: grey, solarise or blur, then colour jitter")
+    add("--src", action="store_true", help="with --ThreeAugment: resize and crop with padding, no random resized crop")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
     _switch(group, "repeated-aug", True, "three augmentations of a third of the images an epoch")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
@@ -159,15 +174,25 @@ def _add_augmentation(parser: Parser) -> None:
 def _add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data-set", default="IMNET", choices=DATA_SETS, help="all but DIGITS are folders: train/CLASS/, val/CLASS/")
+    add("--data-set", default="IMNET", choices=DATA_SETS, help="FOLDER is any train/CLASS/ and val/CLASS/")
     add("--data-path", default=None, help="folder of the data")
     add("--use-lmdb", action="store_true", help="read train.lmdb and val.lmdb, as the published folder2lmdb.py wrote")
+    add("--inat-category", default="name", choices=RANKS, help="what a class of iNaturalist is")
     add("--eval-crop-ratio", type=float, default=0.875)
     add("--num_workers", type=int, default=None, help="default: this process's share of the cores, at most 10")
     _switch(group, "pin-mem", True, "page-locked batches, for accelerators")
 
 
-def _add_distributed(parser: Parser) -> None:
+def _add_distillation(parser: Parser) -> None:
+    add = parser.add_argument_group("distillation").add_argument
+    add("--teacher-model", default="regnety_160", help="any of timm's models")
+    add("--teacher-path", default="", metavar="FILE|URL", help="the teacher's checkpoint")
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
+    add("--distillation-alpha", type=float, default=0.5, help="share of the teacher in the loss")
+    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+
+
+def _add_distribution(parser: Parser) -> None:
     add = parser.add_argument_group("distribution").add_argument
     add("--dist-backend", default=None, help="default: nccl on CUDA, gloo on the CPU")
     add("--dist-eval", action="store_true")
@@ -211,6 +236,9 @@ RULES: tuple[Rule, ...] = (
     ("mixup_switch_prob", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("eval_crop_ratio", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("num_workers", lambda v: v >= 0, "0 or more"),
+    ("layer_decay", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    ("distillation_alpha", lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ("distillation_tau", lambda v: v > 0, "above 0"),
 )
 
 
@@ -252,14 +280,17 @@ def _check_together(args: argparse.Namespace) -> None:
             raise InputError(f"--model-kwargs {name}={args.model_kwargs[name]}: give {flag}, which the data follow too")
     if args.eval and not args.resume and not args.model_kwargs.get("pretrained"):
         raise InputError("--eval needs the checkpoint to evaluate: add --resume FILE")
-    if args.use_ema and not args.eval:
-        raise InputError("--use-ema chooses the weights that --eval evaluates: add --eval, or leave it out")
+    if args.use_ema and not (args.eval or args.finetune):
+        raise InputError("--use-ema is for --eval and --finetune: add one of them, or leave it out")
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks in --output_dir: give one")
-    if args.use_lmdb and args.data_set == "DIGITS":
-        raise InputError("--use-lmdb is for data sets in folders, and --data-set DIGITS is none: leave it out")
+    if args.use_lmdb and args.data_set not in FOLDERS:
+        raise InputError(
+            f"--use-lmdb is for data sets in folders, and --data-set {args.data_set} is none: leave it out"
+        )
     if args.data_set != "DIGITS" and not args.data_path and not args.only_test_speed:
-        raise InputError(f"--data-set {args.data_set} needs --data-path FOLDER, with train/CLASS/ and val/CLASS/ in it")
+        layout = ", with train/CLASS/ and val/CLASS/ in it" if args.data_set in FOLDERS else ""
+        raise InputError(f"--data-set {args.data_set} needs --data-path FOLDER{layout}")
 
 
 def _check_training(args: argparse.Namespace) -> None:
