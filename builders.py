@@ -11,29 +11,34 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
+from timm.models import PretrainedCfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from models.dhvt import DHVT
-from util import distributed, options
+from models.dhvt import DHVT, _filter_state_dict
+from util import checkpoint, distributed, finetune, options
 from util.distributed import print0
 from util.errors import InputError
 
 
+def find_cfg(name: str, flag: str = "--model") -> PretrainedCfg:
+    """Give what timm knows of a model before it is built. Raises InputError for an unknown one."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise InputError(f"{flag} {name}: no such model; {hint}")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise InputError(f"{flag} {name}: {error} Leave out what follows the dot") from None
+
+
 def find_input_size(args: argparse.Namespace) -> tuple[int, int]:
     """Give (height, width): --input-size, else the model's own. Raises InputError for an unknown model."""
-    if not timm.is_model(args.model):
-        near = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
-        raise InputError(f"--model {args.model}: no such model; {hint}")
-    if args.input_size is None:
-        try:
-            return tuple(timm.get_pretrained_cfg(args.model).input_size[-2:])
-        except RuntimeError as error:
-            raise InputError(f"--model {args.model}: {error} Leave out what follows the dot") from None
-    return tuple(args.input_size * 2)[:2]
+    cfg = find_cfg(args.model)
+    return tuple(cfg.input_size[-2:]) if args.input_size is None else tuple(args.input_size * 2)[:2]
 
 
 def find_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -52,8 +57,10 @@ def seed_everything(seed: int, epoch: int | None = None) -> None:
     torch.manual_seed(c)
 
 
-def build_model(args: argparse.Namespace, num_classes: int | None, size: tuple[int, int]) -> nn.Module:
-    """Create the model for `size` (height, width); models that take any size are not told it.
+def build_model(
+    args: argparse.Namespace, num_classes: int | None, size: tuple[int, int], flag: str = "--model"
+) -> nn.Module:
+    """Create the model for `size` (height, width); models that take any size are not told it. Errors name `flag`.
 
     --drop acts inside a transformer's blocks, as published; timm's drop_rate would be the classifier's.
     """
@@ -73,17 +80,78 @@ def build_model(args: argparse.Namespace, num_classes: int | None, size: tuple[i
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or (name := unknown[1]) not in kwargs:
-                raise InputError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
+                raise InputError(f"{flag} {args.model}: {str(error).splitlines()[0]}") from None
             if name not in optional or name in args.model_kwargs:
                 flags = {"drop_path_rate": "--drop-path", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop"}
-                flag = f"--model-kwargs {name}" if name in args.model_kwargs else flags[name]
-                raise InputError(f"--model {args.model} takes no {name}: leave out {flag}") from None
+                wrong = f"--model-kwargs {name}" if name in args.model_kwargs else flags[name]
+                raise InputError(f"{flag} {args.model} takes no {name}: leave out {wrong}") from None
             del kwargs[name]
         except (AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             given = "".join(f" {k}={v}" for k, v in args.model_kwargs.items())
             given = f" with --model-kwargs{given}" if given else ""
-            raise InputError(f"--model {args.model} at {size[0]}x{size[1]} pixels{given}: {reason}") from None
+            raise InputError(f"{flag} {args.model} at {size[0]}x{size[1]} pixels{given}: {reason}") from None
+
+
+def load_teacher(args: argparse.Namespace, size: tuple[int, int]) -> tuple[nn.Module | None, list[str] | None]:
+    """Build the teacher for `size` (height, width), with its weights; it has the number of classes of its file.
+
+    The second value is the names of its classes, where the file has them, as ours do. Without distillation there is
+    no teacher. The random stream stays as it is: the student starts from the weights it would have without one.
+
+    Raises InputError for a student without a distillation head, and for a teacher that does not fit its file.
+    """
+    if args.distillation_type == "none":
+        return None, None
+    cfg = find_cfg(args.teacher_model, "--teacher-model")
+    with torch.random.fork_rng(devices=[]):
+        check_student(args, size)
+        saved = checkpoint.load(args.teacher_path)
+        weights = checkpoint.strip_prefixes(saved.pop("model"))
+        classifier = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or ("",))[0]
+        head = weights.get(f"{classifier}.weight")
+        num_classes = len(head) if isinstance(head, torch.Tensor) and head.ndim else None
+        like_model = argparse.Namespace(model=args.teacher_model, model_kwargs={}, drop=0.0, drop_path=0.1)
+        teacher = build_model(like_model, num_classes, size, "--teacher-model")
+    remedy = "give the --teacher-model and --input-size it was trained with"
+    checkpoint.load_weights(teacher, weights, args.teacher_path, "teacher's weights", remedy)
+    if not all(t.isfinite().all() for t in teacher.state_dict().values()):
+        raise InputError(f"{args.teacher_path}: the teacher's weights are not finite; use an older checkpoint")
+    try_out(teacher.eval(), size, f"--teacher-model {args.teacher_model}")
+    names = saved.get("classes")
+    return teacher, names if isinstance(names, list) and all(isinstance(n, str) for n in names) else None
+
+
+def check_student(args: argparse.Namespace, size: tuple[int, int]) -> None:
+    """Refuse a model that does not give two heads' outputs in training; some have the switch, and no second head."""
+    student = build_model(args, args.nb_classes, size)
+    if hasattr(student, "set_distilled_training"):
+        student.set_distilled_training(True)
+        outputs = try_out(student.train(), size, f"--model {args.model}")
+        if isinstance(outputs, tuple) and len(outputs) == 2:
+            return
+    near = difflib.get_close_matches(args.model, timm.list_models("*distilled*"), n=3, cutoff=0.0)
+    raise InputError(
+        f"--model {args.model} has no distillation head, which --distillation-type {args.distillation_type} trains: "
+        f"take a model that has one, such as {', '.join(near)}"
+    )
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, size: tuple[int, int], what: str) -> Any:
+    """Run a model on two black images, as it will be run in training. Raises InputError, beginning with `what`."""
+    try:
+        return model(torch.zeros(2, 3, *size))
+    except (AssertionError, ValueError, RuntimeError, IndexError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{what} at {size[0]}x{size[1]} pixels: {reason}; give another --input-size") from None
+
+
+def load_finetuned(args: argparse.Namespace, model: nn.Module, saved: dict[str, Any]) -> None:
+    """Start from the weights of --finetune, as far as they fit; `saved` is empty where there are none."""
+    if saved:
+        adapt = _filter_state_dict if isinstance(model, DHVT) else None
+        finetune.load(model, saved, args.finetune, args.use_ema, adapt)
 
 
 def synchronise_stem(model: nn.Module, device: torch.device) -> nn.Module:
@@ -105,6 +173,7 @@ def build_optimization(
     lr = args.lr if args.unscale_lr else args.lr * batch / 512
     kwargs = {"fused": True} if device.type == "cuda" and args.opt.lower() in ("adam", "adamw") else {}
     kwargs |= {} if args.opt_betas is None else {"betas": args.opt_betas}
+    kwargs |= {} if args.layer_decay is None else {"layer_decay": args.layer_decay}
     try:
         optimizer = create_optimizer_v2(
             model, args.opt, lr, args.weight_decay, args.momentum, eps=args.opt_eps, **kwargs
@@ -136,6 +205,9 @@ def build_optimization(
         f"effective batch {batch} = {args.batch_size} a process x {world} process(es) x {args.accum_steps} accumulated"
         f"; learning rate {lr:g} = {rule}"
     )
+    if args.layer_decay is not None:
+        least = min(group["lr_scale"] for group in optimizer.param_groups)
+        text += f", the head's; --layer-decay {args.layer_decay:g} makes it {lr * least:.3g} in the first trained layer"
     return optimizer, scheduler, {"effective_batch": batch, "effective_lr": lr, "text": text}
 
 

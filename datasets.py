@@ -3,27 +3,29 @@
 import argparse
 import io
 import os
-import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
-from timm.data.distributed_sampler import RepeatAugSampler
-from timm.data.transforms import RandomResizedCropAndInterpolation
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
+from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
-from util import distributed
+from util import distributed, inat
+from util.cifar import KINDS as CIFARS
+from util.cifar import open_cifar
 from util.errors import InputError
+from util.options import FOLDERS
 from util.published_lmdb import PublishedLMDB
+from util.sampling import EpochSampler, Seeded
 
-REPEATS = 3  # augmentations of an image in a row under --repeated-aug
+BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
 class Digits(Dataset):
@@ -59,6 +61,8 @@ def _load_image(source: str | io.BytesIO, name: str | None = None) -> Image.Imag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # palette images with transparency become plain RGB
             return Image.open(source).convert("RGB") if name else default_loader(source)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image, though it is listed; put it back") from None
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0]}); mend or remove it") from None
 
@@ -125,6 +129,23 @@ class DatabaseImages(Dataset):
         return (image if self.transform is None else self.transform(image)), label
 
 
+class ListedImages(Dataset):
+    """A split of iNaturalist as its lists have it, under a given class map or the training list's."""
+
+    def __init__(
+        self, root: str, name: str, train: bool, category: str, transform=None, class_map: dict[str, int] | None = None
+    ) -> None:
+        self.root, self.transform = root, transform
+        self.files, self.targets, self.classes = inat.read_split(Path(root), name, train, category, class_map)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = _load_image(os.path.join(self.root, self.files[index]))
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+
 def build_transform(
     train: bool,
     size: tuple[int, int],
@@ -138,21 +159,26 @@ def build_transform(
     remode: str = "pixel",
     recount: int = 1,
     crop_ratio: float = 0.875,
+    three_augment: bool = False,
+    src: bool = False,
 ) -> transforms.Compose:
     """Build DeiT's transform of a PIL image to a normalised [3, H, W] tensor of `size` (height, width).
 
     `small` is for sets whose images have that size already (CIFAR, digits): a random crop with padding 4 replaces the
-    random resized crop, and evaluation neither resizes nor crops.
+    random resized crop, and evaluation neither resizes nor crops. `three_augment` is DeiT III's in place of `aa` and
+    random erasing; with `src` too, resizing and a crop with reflected padding 4 replace the random resized crop.
     """
     square = size[0] if size[0] == size[1] else size
     if not train:
         return create_transform(square, interpolation="bicubic", crop_pct=1.0 if small else crop_ratio)
+    if three_augment:
+        aa, reprob = "3a", 0.0  # solarise, grey or blur; timm keeps the colour jitter with it
     try:
         transform = create_transform(
             square,
             is_training=True,
             hflip=0.5 if flip else 0.0,
-            color_jitter=color_jitter,
+            color_jitter=color_jitter or None,
             auto_augment=None if aa.lower() in ("", "none") else aa,
             interpolation=interpolation,
             re_prob=reprob,
@@ -161,11 +187,16 @@ def build_transform(
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"--aa {aa}: not a policy of timm's ({error!r}); for example rand-m9-mstd0.5-inc1") from None
-    if small:
-        crops = (RandomResizedCropAndInterpolation, transforms.RandomResizedCrop)
-        transform.transforms = [
-            transforms.RandomCrop(size, padding=4) if isinstance(t, crops) else t for t in transform.transforms
-        ]
+    if three_augment and src:
+        whole = transforms.Resize(size[0], BICUBIC) if size[0] == size[1] else ResizeKeepRatio(size, 0, "bicubic")
+        crop = [whole, transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
+    elif small:
+        crop = [transforms.RandomCrop(size, padding=4)]
+    else:
+        return transform
+    resized_crops = (RandomResizedCropAndInterpolation, transforms.RandomResizedCrop)
+    at = next(i for i, t in enumerate(transform.transforms) if isinstance(t, resized_crops))
+    transform.transforms[at : at + 1] = crop
     return transform
 
 
@@ -177,73 +208,21 @@ def build_dataset(
     transform,
     class_to_idx: dict[str, int] | None = None,
     use_lmdb: bool = False,
-) -> Digits | ClassFolders | DatabaseImages:
-    """Open one split of a data set: but for DIGITS, `root`/train or val of class folders, or train.lmdb or val.lmdb."""
+    inat_category: str = "name",
+) -> Dataset:
+    """Open one split of a data set, under `class_to_idx` where its files do not number the classes themselves.
+
+    A split of class folders is `root`/train or val, or with `use_lmdb` train.lmdb or val.lmdb.
+    """
     if name == "DIGITS":
         return Digits(train, size, transform)
+    if name in CIFARS:
+        return open_cifar(name, root, train, transform)
+    if name in inat.YEARS:
+        return ListedImages(root, name, train, inat_category, transform, class_to_idx)
     if use_lmdb:
         return DatabaseImages(Path(root) / ("train.lmdb" if train else "val.lmdb"), transform, class_to_idx)
     return ClassFolders(Path(root) / ("train" if train else "val"), transform, class_to_idx)
-
-
-class Seeded(Dataset):
-    """Draw each sample's augmentation from (seed, epoch, position), outside the main random streams.
-
-    Takes the keys that `EpochSampler` gives, so any number of workers yields the same images.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
-        index, epoch, position = key
-        here = get_worker_info() is None
-        if here:
-            states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        a, b, c = np.random.SeedSequence((self.seed, epoch, position)).generate_state(3).tolist()
-        random.seed(a)
-        np.random.seed(b)
-        torch.default_generator.manual_seed(c)
-        try:
-            return self.dataset[index]
-        finally:
-            if here:
-                random.setstate(states[0])
-                np.random.set_state(states[1])
-                torch.set_rng_state(states[2])
-
-
-class EpochSampler(Sampler):
-    """Give keys (index, epoch, position over all processes) in the order of timm's or torch's distributed sampler."""
-
-    def __init__(self, n: int, repeated_aug: bool, seed: int, rank: int, world: int) -> None:
-        self.rank, self.world, self.seed, self.epoch = rank, world, seed, 0
-        self.repeated_aug = repeated_aug
-        if repeated_aug:
-            # below 256 images the published rounding would take none: all are taken, where timm takes a third
-            ratio = world / REPEATS if n < 256 else 0
-            self.base = RepeatAugSampler(range(n), world, rank, num_repeats=REPEATS, selected_ratio=ratio)
-        else:
-            self.base = DistributedSampler(range(n), world, rank)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.base.set_epoch(self.seed + epoch)  # the permutation comes from this sum alone
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        for i, index in enumerate(self.base):
-            yield index, self.epoch, self.rank + i * self.world
-
-    def distinct_images(self, n: int, batch_size: int) -> int:
-        """Count the images that an epoch of whole batches shows, all processes together."""
-        shown = len(self) // batch_size * batch_size * self.world
-        return min(n, -(-shown // REPEATS) if self.repeated_aug else shown)
 
 
 def default_workers() -> int:
@@ -253,32 +232,43 @@ def default_workers() -> int:
 
 
 def is_small(args: argparse.Namespace, size: tuple[int, int]) -> bool:
-    return args.data_set == "DIGITS" and max(size) <= 32
+    """Say whether the images come in `size`: digits are made up to 32 pixels, CIFAR's have 32."""
+    return max(size) == 32 if args.data_set in CIFARS else args.data_set == "DIGITS" and max(size) <= 32
 
 
-def build_val_dataset(args: argparse.Namespace, size: tuple[int, int], classes: Sequence[str] | None):
-    """Open the validation split under the training split's class map.
+def find_class_map(args: argparse.Namespace, classes: Sequence[str] | None) -> dict[str, int] | None:
+    """Number the classes as the training split does; without one, as people have who only evaluate, as `classes` are.
 
-    Without a train/ folder, as people have who only evaluate, the map is the checkpoint's `classes`, else val/'s own.
+    None where neither is there, or where the validation split is numbered without help.
     """
+    root = Path(args.data_path or "")
+    if args.data_set in FOLDERS:
+        train = root / ("train.lmdb" if args.use_lmdb else "train")
+        if train.exists():
+            classes = DatabaseImages(train).classes if args.use_lmdb else find_classes(train)[0]
+    elif args.data_set not in inat.YEARS or inat.find_list(root, args.data_set, True).exists():
+        return None
+    return {name: i for i, name in enumerate(classes)} if classes else None
+
+
+def _build_split(args: argparse.Namespace, train: bool, size: tuple[int, int], transform, class_map=None) -> Dataset:
+    where = args.data_set, args.data_path, train
+    return build_dataset(*where, size, transform, class_map, args.use_lmdb, args.inat_category)
+
+
+def build_val_dataset(args: argparse.Namespace, size: tuple[int, int], classes: Sequence[str] | None) -> Dataset:
+    """Open the validation split under the training split's class map, else a checkpoint's `classes`, else its own."""
     transform = build_transform(False, size, small=is_small(args, size), crop_ratio=args.eval_crop_ratio)
-    if args.data_set == "DIGITS":
-        return build_dataset("DIGITS", None, False, size, transform)
-    train = Path(args.data_path) / ("train.lmdb" if args.use_lmdb else "train")
-    class_map = None
-    if train.exists():
-        found = DatabaseImages(train).classes if args.use_lmdb else find_classes(train)[0]
-        class_map = {name: i for i, name in enumerate(found)}
-    elif classes:
-        class_map = {name: i for i, name in enumerate(classes)}
-    dataset = build_dataset(args.data_set, args.data_path, False, size, transform, class_map, args.use_lmdb)
+    dataset = _build_split(args, False, size, transform, find_class_map(args, classes))
     missing = [] if args.use_lmdb else sorted(set(dataset.classes) - {dataset.classes[t] for t in dataset.targets})
     if missing:
-        distributed.print0(f"val/ lacks {len(missing)} of the {len(dataset.classes)} classes: {', '.join(missing[:5])}")
+        distributed.print0(
+            f"The validation set lacks {len(missing)} of the {len(dataset.classes)} classes: {', '.join(missing[:5])}"
+        )
     return dataset
 
 
-def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]):
+def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]) -> Dataset:
     transform = build_transform(
         True,
         size,
@@ -290,8 +280,10 @@ def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]):
         reprob=args.reprob,
         remode=args.remode,
         recount=args.recount,
+        three_augment=args.ThreeAugment,
+        src=args.src,
     )
-    return build_dataset(args.data_set, args.data_path, True, size, transform, use_lmdb=args.use_lmdb)
+    return _build_split(args, True, size, transform)
 
 
 def _loader(dataset: Dataset, args: argparse.Namespace, **kwargs) -> DataLoader:

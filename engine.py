@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -39,13 +39,15 @@ class Precision:
 
 @dataclass
 class StepOptions:
-    """How an update is made: batches summed up, gradient clipping, mixing of images, reports."""
+    """How an update is made: batches summed up, gradient clipping, mixing of images, reports, the model's mode."""
 
     accum_steps: int = 1
     clip_grad: float | None = None
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     print_freq: int = 10
     on_report: Callable[[int, list[float]], None] | None = None  # first update of the epoch reported, their losses
+    train_mode: bool = True
+    frozen: Sequence[nn.Module] = ()  # in evaluation mode all the same
 
 
 def train_one_epoch(
@@ -68,7 +70,9 @@ def train_one_epoch(
 
     Raises NonFiniteLossError on every process alike.
     """
-    model.train()
+    model.train(options.train_mode)
+    for module in options.frozen:
+        module.eval()
     device, accum = precision.device, options.accum_steps
     batches, updates = len(loader), math.ceil(len(loader) / accum)
     watch = LossWatch(optimizer, precision, epoch, model)

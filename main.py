@@ -25,11 +25,13 @@ from builders import (
     build_optimization,
     find_amp_dtype,
     find_input_size,
+    load_finetuned,
+    load_teacher,
     seed_everything,
     synchronise_stem,
 )
-from losses import ImageLoss
-from util import checkpoint, distributed, options
+from losses import DistillationLoss, ImageLoss
+from util import checkpoint, distributed, finetune, options
 from util.distributed import print0
 from util.errors import InputError, NonFiniteLossError
 from util.log import RunLog, describe_versions
@@ -97,13 +99,16 @@ def run_training(
     args: argparse.Namespace, saved: dict[str, Any], source: str, size: tuple[int, int], precision: engine.Precision
 ) -> None:
     device = precision.device
+    start_weights = load_start(args, source)
+    teacher, taught = load_teacher(args, size)
     train_set = datasets.build_train_dataset(args, size)
     val_set = datasets.build_val_dataset(args, size, None)
-    check_classes(saved, source, train_set.classes)
+    check_classes(saved, source, train_set.classes, "is --data-path right, or did you mean --finetune?")
     num_classes = count_classes(args, train_set.classes)
+    check_teacher(args, teacher, taught, train_set.classes, num_classes)
     train_loader, val_loader = datasets.build_train_loader(args, train_set), datasets.build_val_loader(args, val_set)
 
-    model = synchronise_stem(build_model(args, num_classes, size), device).to(device)
+    model, frozen = start_model(args, num_classes, size, start_weights, device)
     distributed.broadcast_state(model)  # the average starts from the same weights on every process
     ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, args.model_ema_decay, device=ema_device) if args.model_ema else None
@@ -127,8 +132,10 @@ def run_training(
         report_speed(args, model, size, precision)
 
     started = time.time()
-    criterion = ImageLoss(criterion)
-    step_options = engine.StepOptions(args.accum_steps, args.clip_grad, mixup, args.print_freq)
+    criterion = build_image_loss(args, criterion, model, teacher, precision)
+    step_options = engine.StepOptions(
+        args.accum_steps, args.clip_grad, mixup, args.print_freq, train_mode=args.train_mode, frozen=frozen
+    )
     for epoch in range(first_epoch, args.epochs):
         epoch_started = time.time()
         seed_everything(args.seed + distributed.rank(), epoch)
@@ -149,6 +156,27 @@ def run_training(
     close(args, progress, time.time() - started)
 
 
+def load_start(args: argparse.Namespace, source: str) -> dict[str, Any]:
+    """Read --finetune; a run that is resumed has its weights already, and is named by `source`."""
+    if args.finetune and source:
+        print0(f"{source} is resumed: --finetune {args.finetune} was where it began, and is not read again")
+    return checkpoint.load(args.finetune) if args.finetune and not source else {}
+
+
+def start_model(
+    args: argparse.Namespace,
+    num_classes: int,
+    size: tuple[int, int],
+    start_weights: dict[str, Any],
+    device: torch.device,
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Build the model as training begins with it, and list the frozen norms."""
+    model = build_model(args, num_classes, size)
+    load_finetuned(args, model, start_weights)
+    model = synchronise_stem(model, device).to(device)
+    return model, finetune.freeze(model, args.freeze)
+
+
 def count_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
     if args.nb_classes is not None and args.nb_classes < len(classes):
         raise InputError(
@@ -158,15 +186,56 @@ def count_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
     return args.nb_classes or len(classes)
 
 
-def check_classes(saved: dict[str, Any], source: str, classes: Sequence[str]) -> None:
+def check_classes(
+    saved: dict[str, Any], source: str, classes: Sequence[str], remedy: str = "is --data-path right?"
+) -> None:
     """Refuse a checkpoint of other classes than the data's, by name and number."""
     theirs = saved.get("classes")
     if theirs is None or list(theirs) == list(classes):
         return
     if len(theirs) != len(classes):
-        raise InputError(f"{source}: it has {len(theirs)} classes, and the data {len(classes)}: is --data-path right?")
+        raise InputError(f"{source}: it has {len(theirs)} classes, and the data {len(classes)}: {remedy}")
     i = next(i for i, (a, b) in enumerate(zip(theirs, classes, strict=True)) if a != b)
-    raise InputError(f"{source}: its class {i} is {theirs[i]}, and the data's is {classes[i]}: is --data-path right?")
+    raise InputError(f"{source}: its class {i} is {theirs[i]}, and the data's is {classes[i]}: {remedy}")
+
+
+def check_teacher(
+    args: argparse.Namespace,
+    teacher: nn.Module | None,
+    taught: Sequence[str] | None,
+    classes: Sequence[str],
+    num_classes: int,
+) -> None:
+    """Refuse a teacher of other classes than the student's: by number, and by name where its file has them (`taught`).
+
+    It would teach all the same, and nonsense.
+    """
+    if teacher is None:
+        return
+    if teacher.num_classes != num_classes:
+        ours = f"the data {num_classes}" if args.nb_classes is None else f"--nb-classes says {num_classes}"
+        raise InputError(
+            f"--teacher-path {args.teacher_path}: the teacher has {teacher.num_classes} classes, and {ours}: "
+            "give one trained on these classes"
+        )
+    check_classes({"classes": taught}, f"--teacher-path {args.teacher_path}", classes)
+
+
+def build_image_loss(
+    args: argparse.Namespace,
+    loss: nn.Module,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    precision: engine.Precision,
+) -> nn.Module:
+    """Make the loop's criterion of `loss`; with a teacher, have the model train both heads, and say who teaches."""
+    if teacher is None:
+        return ImageLoss(loss)
+    model.set_distilled_training(True)
+    kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
+    n = sum(p.numel() for p in teacher.parameters())
+    print0(f"Teacher {args.teacher_model}, {n} parameters; {kind} distillation, alpha {alpha:g}, tau {tau:g}")
+    return DistillationLoss(loss, teacher.to(precision.device), kind, alpha, tau, precision.autocast)
 
 
 def announce(args, train_loader, val_set, n_parameters: int, lr_sum: dict[str, Any], updates: int) -> None:
@@ -179,6 +248,10 @@ def announce(args, train_loader, val_set, n_parameters: int, lr_sum: dict[str, A
         f"{n} training and {len(val_set)} test images; an epoch of {updates} updates shows {distinct} distinct images"
         + (" (--repeated-aug)" if args.repeated_aug else "")
     )
+    if not args.train_mode:
+        print0("The model stays in evaluation mode: its norms' statistics and drop path are off (--no-train-mode)")
+    elif args.finetune:
+        print0("Fine-tuning in training mode: norms follow the data, drop path acts; --no-train-mode as published")
     left = args.model_ema_decay ** (updates * args.epochs)
     if args.model_ema and left > 0.1:
         print0(
@@ -257,6 +330,7 @@ def close(args: argparse.Namespace, progress: Progress, seconds: float) -> None:
     command = ["python", "main.py", "--eval", "--resume", str(best), "--model", args.model, "--data-set", args.data_set]
     command += ["--data-path", args.data_path] if args.data_path else []
     command += ["--use-lmdb"] if args.use_lmdb else []
+    command += ["--inat-category", args.inat_category] if args.data_set in ("INAT", "INAT19") else []
     command += ["--input-size", *map(str, args.input_size)] if args.input_size else []
     command += ["--nb-classes", str(args.nb_classes)] if args.nb_classes else []
     command += ["--model-kwargs", *(f"{k}={v}" for k, v in args.model_kwargs.items())] if args.model_kwargs else []

@@ -1,12 +1,82 @@
 #!/usr/bin/env bash
-# Train DHVT-T on scikit-learn's handwritten digits: bash run_code.sh [main.py flags…]
-# Flags given here win over the recipe's; OUT=FOLDER says where the run goes. Called again, it goes on where it stopped.
+# Train by a recipe: bash run_code.sh [RECIPE] [main.py flags…]; flags given here win over the recipe's.
+#
+#   digits (or no recipe)   DHVT-T on scikit-learn's handwritten digits; nothing to download
+#   cifar100                DHVT-T on CIFAR-100
+#   clipart infograph painting quickdraw real sketch    DHVT-T on one of DomainNet's sets
+#   imagenet                DHVT-T on ImageNet-1k
+#   finetune-clipart        DHVT-S from an ImageNet checkpoint to clipart (finetune.sh)
+#
+# DATA=FOLDER holds the data, OUT=FOLDER takes the run (called again, it goes on where it stopped), CKPT=FILE is what
+# fine-tuning starts from. NGPU=N processes train, each with the recipe's batch; fewer than the recipe's add up more
+# batches an update instead, so that the effective batch and rate stay.
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")
 
-exec python "$here/main.py" \
-    --model dhvt_tiny_cifar_patch4 --data-set DIGITS \
-    --epochs 8 --batch-size 32 --lr 1e-3 --unscale-lr --warmup-epochs 1 --warmup-lr 3e-4 \
-    --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0 --drop-path 0 --model-ema-decay 0.98 \
-    --output_dir "${OUT:-output/digits}" --resume auto "$@"
+stop() {
+    echo "run_code.sh: error: $1" >&2
+    exit 2
+}
+
+recipe=digits
+case ${1:-} in
+'' | -*) ;;
+*)
+    recipe=$1
+    shift
+    ;;
+esac
+
+common=(--opt adamw --weight-decay 0.05 --dist-eval)
+processes=2
+case $recipe in
+digits)
+    processes=1
+    flags=(--model dhvt_tiny_cifar_patch4 --data-set DIGITS --epochs 8 --batch-size 32 --lr 1e-3 --unscale-lr
+        --warmup-epochs 1 --warmup-lr 3e-4 --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0 --drop-path 0
+        --model-ema-decay 0.98)
+    ;;
+cifar100)
+    flags=("${common[@]}" --model dhvt_tiny_cifar_patch4 --data-set CIFAR --input-size 32 --batch-size 256
+        --lr 1e-3 --epochs 300 --warmup-epochs 5)
+    ;;
+clipart | infograph | painting | quickdraw | real | sketch)
+    flags=("${common[@]}" --model dhvt_tiny_domain_patch16 --data-set "$recipe" --input-size 224 --batch-size 128
+        --lr 1e-3 --epochs 300 --warmup-epochs 20)
+    ;;
+imagenet)
+    flags=("${common[@]}" --model dhvt_tiny_imagenet_patch16 --data-set IMNET --input-size 224 --batch-size 128
+        --lr 5e-4 --epochs 300 --warmup-epochs 10)
+    ;;
+finetune-clipart)
+    flags=("${common[@]}" --model dhvt_small_imagenet_patch16 --data-set clipart --input-size 224 --batch-size 128
+        --lr 5e-4 --min-lr 1e-6 --weight-decay 1e-8 --epochs 100 --warmup-epochs 2 --no-repeated-aug)
+    [[ -n ${CKPT:-} ]] || stop "$recipe needs the checkpoint to start from: CKPT=FILE bash $0 …"
+    [[ -f $CKPT || $CKPT == http*://* ]] || stop "CKPT=$CKPT: no such file"
+    flags+=(--finetune "$CKPT")
+    ;;
+*) stop "no recipe $recipe; they are digits, cifar100, imagenet, clipart, infograph, painting, quickdraw, real, sketch and finetune-clipart" ;;
+esac
+
+if [[ $recipe != digits ]]; then
+    [[ -n ${DATA:-} ]] || stop "$recipe needs its data: DATA=FOLDER bash $0 …"
+    [[ -d $DATA ]] || stop "DATA=$DATA: no such folder"
+    flags+=(--data-path "$DATA")
+fi
+
+ngpu=${NGPU:-}
+if [[ -z $ngpu ]]; then # all there are, but no more than the recipe's
+    ngpu=1
+    if ((processes > 1)); then
+        found=$(python -c "import torch; print(torch.accelerator.device_count())")
+        while ((ngpu * 2 <= found && ngpu * 2 <= processes)); do ngpu=$((ngpu * 2)); done
+    fi
+fi
+[[ $ngpu =~ ^[1-9][0-9]*$ ]] || stop "NGPU=$ngpu: give a number of processes, at least 1"
+((processes % ngpu == 0)) || stop "NGPU=$ngpu does not divide the recipe's $processes processes: give a number that does"
+
+launch=(python)
+((ngpu == 1)) || launch=(torchrun --standalone "--nproc_per_node=$ngpu")
+exec "${launch[@]}" "$here/main.py" "${flags[@]}" --accum-steps $((processes / ngpu)) \
+    --output_dir "${OUT:-output/$recipe}" --resume auto "$@"

@@ -1,5 +1,7 @@
 """One table of what a person can get wrong, and the line that tells them what to do about it."""
 
+import json
+import math
 import os
 import pickle
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
 import torch
 
 import main
@@ -106,8 +109,69 @@ def only_text(folder: str) -> None:
         path.rename(path.with_suffix(".txt"))
 
 
+def save_teacher(classes: int = 10, change: Callable[[dict], object] = dict) -> Callable[[], None]:
+    """Give a preparation that saves teacher.pth, a test_resnet, as `change` leaves or returns it."""
+
+    def prepare() -> None:
+        content = {"model": timm.create_model("test_resnet", num_classes=classes).state_dict()}
+        result = change(content)
+        torch.save(content if result is None else result, "teacher.pth")
+
+    return prepare
+
+
+def cut_teacher() -> None:
+    save_teacher()()
+    truncate("teacher.pth")
+
+
+def write_inat(change: Callable[[dict, dict, list], object] = lambda train, val, categories: None) -> Callable:
+    """Give a preparation that makes data/ a small iNaturalist, its content as `change` leaves it."""
+
+    def prepare() -> None:
+        categories = [{"name": "Rosa canina", "order": "Rosales"}, {"name": "Parus major", "order": "Passeriformes"}]
+        lists = []
+        for split in ("train", "val"):
+            files = [f"{split}/group/{k}/{i}.jpg" for k in (0, 1) for i in (0, 2)]
+            for name in files:
+                Path("data", name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(f"data/{split}/ant/{Path(name).name}", Path("data", name))
+            annotations = [{"category_id": k} for k in (0, 0, 1, 1)]
+            lists.append({"images": [{"file_name": name} for name in files], "annotations": annotations})
+        change(*lists, categories)
+        for name, content in (("train2018", lists[0]), ("val2018", lists[1]), ("categories", categories)):
+            Path("data", f"{name}.json").write_text(json.dumps(content))
+
+    return prepare
+
+
+def spoil_inat(spoil: Callable[[], object]) -> Callable[[], None]:
+    return lambda: (write_inat()(), spoil())
+
+
+def rename_image(name: str) -> Callable[[], None]:
+    return write_inat(lambda train, val, categories: train["images"][2].update(file_name=name))
+
+
+def spoil_cifar(name: str) -> Callable[[], None]:
+    def prepare() -> None:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("not CIFAR")
+
+    return prepare
+
+
+OFFLINE = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz there"
+INAT = "--data-set INAT --data-path data --batch-size 2"
 RESUME = "--resume run/checkpoint.pth --epochs 2"
+FINETUNE = "--finetune run/checkpoint.pth"
 EVAL = "--eval --resume run/checkpoint.pth"
+TEACH = (
+    "--distillation-type hard --teacher-model test_resnet --teacher-path teacher.pth --input-size 32 "
+    "--model deit_tiny_distilled_patch16_224 --model-kwargs patch_size=8 embed_dim=48 depth=1 num_heads=2"
+)
+EARLY = f"{TEACH} --data-set FOLDER --data-path nowhere"  # it is found before the data are looked for
 
 ROWS = {
     # the command line by itself
@@ -192,6 +256,86 @@ ROWS = {
     ),
     "text as image": Row(FOLDER, "data/train/", "mend or remove it", each_photograph("train", write_text), out=""),
     "cut image in val": Row(f"{FOLDER} {EVAL} --nb-classes 10", "data/val/", "mend or remove it", cut_val),
+    # CIFAR, which cannot be downloaded here, and iNaturalist
+    "no CIFAR": Row(
+        "--data-set CIFAR --data-path nowhere", "nowhere/cifar-100-python.tar.gz", f"put {CIFAR}", env=OFFLINE
+    ),
+    "damaged archive": Row(
+        "--data-set CIFAR --data-path data",
+        "data/cifar-100-python.tar.gz",
+        f"put {CIFAR}",
+        spoil_cifar("data/cifar-100-python.tar.gz"),
+        OFFLINE,
+    ),
+    "damaged CIFAR": Row(
+        "--data-set CIFAR-10 --data-path data",
+        "data/cifar-10-python.tar.gz",
+        "remove cifar-10-batches-py/",
+        spoil_cifar("data/cifar-10-batches-py/data_batch_1"),
+        OFFLINE,
+    ),
+    "no CIFAR folder": Row("--data-set CIFAR", "--data-set CIFAR", "--data-path FOLDER"),
+    "no categories": Row(INAT, "data/categories.json: no such file", "--data-path"),
+    "no validation list": Row(
+        INAT, "data/val2018.json: no such file", "--data-path", spoil_inat(lambda: Path("data/val2018.json").unlink())
+    ),
+    "other year": Row(f"{INAT} --data-set INAT19", "data/train2019.json: no such file", "--data-path", write_inat()),
+    "cut list": Row(
+        INAT, "data/train2018.json", "download it again", spoil_inat(lambda: truncate("data/train2018.json"))
+    ),
+    "list of another kind": Row(
+        INAT,
+        "data/categories.json: not a list",
+        "again",
+        spoil_inat(lambda: Path("data/categories.json").write_text("{}")),
+    ),
+    "no annotations": Row(
+        INAT, "'annotations'", "download it again", write_inat(lambda train, *_: train.pop("annotations"))
+    ),
+    "no file name": Row(
+        INAT,
+        "no 'file_name' in 'images', entry 1",
+        "download it again",
+        write_inat(lambda t, *_: t["images"][1].clear()),
+    ),
+    "category beyond": Row(
+        INAT,
+        "data/train2018.json: annotation 2 is of category 7",
+        "categories.json has 2",
+        write_inat(lambda train, *_: train["annotations"][2].update(category_id=7)),
+    ),
+    "negative category": Row(
+        INAT, "category -1", "from 0", write_inat(lambda train, *_: train["annotations"][0].update(category_id=-1))
+    ),
+    "rank": Row(f"{INAT} --inat-category genus", "has no 'genus'", "can be one of: name, order", write_inat()),
+    "no such rank": Row(f"{INAT} --inat-category tribe", "'tribe'", "supercategory"),
+    "class of no annotation": Row(
+        INAT,
+        "'Rosa canina'",
+        "one release",
+        write_inat(lambda train, *_: train.update(annotations=[{"category_id": 1}])),
+    ),
+    "class only in validation": Row(
+        INAT,
+        "data/val2018.json: val/group/1/0.jpg is of class 'Parus major'",
+        "one release",
+        write_inat(lambda train, *_: train.update({key: rows[:2] for key, rows in train.items()})),
+    ),
+    "no first image": Row(
+        INAT,
+        "data/train/group/0/0.jpg: no such image, nor train/0/0.jpg",
+        "unpack",
+        spoil_inat(lambda: shutil.rmtree("data/train/group")),
+    ),
+    "no other image": Row(
+        INAT,
+        "data/val/group/1/2.jpg: no such image",
+        "put it back",
+        spoil_inat(lambda: Path("data/val/group/1/2.jpg").unlink()),
+        out="",
+    ),
+    "image out of the folder": Row(INAT, "'../../1/0.jpg'", "folder/group/ID/image.jpg", rename_image("../../1/0.jpg")),
+    "absolute image": Row(INAT, "'/etc/1/0.jpg'", "folder/group/ID/image.jpg", rename_image("/etc/1/0.jpg")),
     # the checkpoint
     "no checkpoint": Row("--resume nowhere.pth", "nowhere.pth", "checkpoint"),
     "checkpoint is a folder": Row("--resume run", "run:", "checkpoint.pth"),
@@ -216,12 +360,90 @@ ROWS = {
     "other classes": Row(
         EVAL, "class 9 is ten", "--data-path", change_checkpoint(lambda saved: saved["classes"].__setitem__(9, "ten"))
     ),
+    "weights only, fine-tuned": Row(
+        RESUME, "weights only", "did you mean --finetune?", change_checkpoint(lambda saved: saved["model"])
+    ),
+    "resume with another head": Row(f"{RESUME} --nb-classes 12", "(12, 32)", "did you mean --finetune?"),
+    "resume with other classes": Row(f"{FOLDER} {RESUME}", "10 classes, and the data 2", "or did you mean --finetune?"),
+    "resume with other parts frozen": Row(f"{RESUME} --freeze head", "run/checkpoint.pth", "--freeze"),
+    "resume with layer decay": Row(f"{RESUME} --layer-decay 0.5", "run/checkpoint.pth", "--layer-decay"),
+    # fine-tuning
+    "nothing to fine-tune": Row("--finetune nowhere.pth", "nowhere.pth", "no such checkpoint"),
+    "fine-tune a cut file": Row(FINETUNE, "run/checkpoint.pth", "older", lambda: truncate("run/checkpoint.pth")),
+    "fine-tune without EMA": Row(
+        f"{FINETUNE} --use-ema",
+        "model_ema",
+        "leave out --use-ema",
+        change_checkpoint(lambda saved: saved.update(model_ema=None)),
+    ),
+    "fine-tune a DHVT as a ViT": Row(
+        f"{FINETUNE} --model vit_tiny_patch16_224 --input-size 32",
+        "run/checkpoint.pth: only 11 tensors match",
+        "did you mean another --model?",
+    ),
+    "fine-tune another width": Row(
+        f"{FINETUNE} --model-kwargs depth=1 embed_dim=48 num_heads=2",
+        "cls_token (1, 1, 32) for (1, 1, 48)",
+        "did you mean another --model?",
+    ),
+    "fine-tune values that are no tensors": Row(
+        FINETUNE,
+        "only 0 tensors match",
+        "did you mean another --model?",
+        change_checkpoint(lambda saved: saved.update(model=dict.fromkeys(saved["model"], 1))),
+    ),
+    "freeze neither": Row("--freeze body", "--freeze body", "head or a number"),
+    "freeze below zero": Row("--freeze=-1", "--freeze -1", "head or a number"),
+    "freeze too many": Row("--freeze 2", "--freeze 2", "a number up to 1"),
+    "freeze no blocks": Row(
+        "--model resnet18 --model-kwargs --input-size 32 --freeze 1", "ResNet has no blocks", "--freeze head"
+    ),
+    "layer decay": Row("--layer-decay 1.5", "--layer-decay 1.5", "at most 1"),
     "weights only": Row(RESUME, "weights only", "--eval", change_checkpoint(lambda saved: saved["model"])),
     "no EMA": Row(
         f"{EVAL} --use-ema",
         "model_ema",
         "leave out --use-ema",
         change_checkpoint(lambda saved: saved.update(model_ema=None)),
+    ),
+    # the teacher
+    "no teacher": Row("--distillation-type soft", "--distillation-type soft", "--teacher-path FILE"),
+    "share of the teacher": Row(f"{EARLY} --distillation-alpha 1.5", "--distillation-alpha 1.5", "from 0 to 1"),
+    "temperature": Row(f"{EARLY} --distillation-tau 0", "--distillation-tau 0", "above 0"),
+    "heads averaged": Row(f"{EARLY} --no-train-mode", "--no-train-mode", "leave it out"),
+    "one head": Row(
+        f"{EARLY} --model deit_tiny_patch16_224", "deit_tiny_patch16_224", "such as deit_tiny_distilled_patch16_224"
+    ),
+    "no second head": Row(f"{EARLY} --model pit_ti_224 --model-kwargs --input-size 64", "pit_ti_224", "_distilled_224"),
+    "our own has one head": Row(
+        f"{EARLY} --model dhvt_tiny_cifar_patch4 --model-kwargs", "dhvt_tiny_cifar_patch4", "_distilled_"
+    ),
+    "teacher model": Row(f"{EARLY} --teacher-model test_resne", "--teacher-model test_resne", "did you mean test_res"),
+    "teacher's tag": Row(f"{EARLY} --teacher-model resnet18.best", "resnet18.best", "Leave out what follows the dot"),
+    "no teacher's file": Row(EARLY, "teacher.pth", "no such checkpoint"),
+    "cut teacher": Row(EARLY, "teacher.pth", "older", cut_teacher),
+    "hostile teacher": Row(
+        EARLY, "posix.system", "save its state_dict alone", save_teacher(change=lambda c: c | {"args": Hostile()})
+    ),
+    "another teacher": Row(f"{EARLY} --teacher-model resnet10t", "layer3", "--teacher-model", save_teacher()),
+    "values for weights": Row(
+        EARLY, "no tensors", "--teacher-model", save_teacher(change=lambda c: c["model"].update({"fc.weight": 3}))
+    ),
+    "spoiled teacher": Row(
+        EARLY,
+        "not finite",
+        "older",
+        save_teacher(change=lambda c: c["model"].update({"fc.bias": torch.full([10], math.nan)})),
+    ),
+    "teacher's size": Row(
+        f"{EARLY} --teacher-model test_convnext --input-size 24",
+        "--teacher-model test_convnext at 24x24",
+        "--input-size",
+        lambda: torch.save(timm.create_model("test_convnext").state_dict(), "teacher.pth"),
+    ),
+    "teacher's classes": Row(TEACH, "has 7 classes, and the data 10", "these classes", save_teacher(7)),
+    "teacher's names": Row(
+        TEACH, "class 9 is ten", "--data-path", save_teacher(change=lambda c: c | {"classes": [*"012345678", "ten"]})
     ),
 }
 

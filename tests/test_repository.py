@@ -141,3 +141,17 @@ def test_a_future_warning_would_fail_a_test():
         warnings.warn("deprecated", FutureWarning, stacklevel=1)
     with pytest.raises(InputError):
         options.parse(["--no-such-flag"])
+
+
+def test_the_annotated_tree_of_the_readme_is_the_folder():
+    text = (ROOT / "README.md").read_text()
+    tree = text.partition("## Files\n\n```\n")[2].partition("\n```")[0]
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    plain = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci", ".github"}
+    assert named == top - plain
+    topics = next(line for line in tree.splitlines() if line.startswith("util/")).partition(": ")[2].split(", ")
+    assert sorted(topics) == sorted(p.stem for p in (ROOT / "util").glob("[!_]*.py"))

@@ -317,7 +317,7 @@ def test_the_optimizer_of_a_published_checkpoint_goes_by_index():
     args = argparse.Namespace(
         batch_size=64, accum_steps=1, lr=1e-3, unscale_lr=True, opt="adamw", weight_decay=0.05, momentum=0.9,
         opt_eps=1e-8, opt_betas=None, sched="cosine", epochs=3, decay_epochs=30, decay_rate=0.1, min_lr=0.0,
-        warmup_lr=0.0, warmup_epochs=0, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0, seed=0,
+        warmup_lr=0.0, warmup_epochs=0, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0, seed=0, layer_decay=None,
     )  # fmt: skip
     optimizer, _, _ = builders.build_optimization(args, model, torch.device("cpu"))
     plain, decayed = ([names[id(p)] for p in g["params"]] for g in optimizer.param_groups)

@@ -190,22 +190,25 @@ def strip_prefixes(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(k)): v for k, v in state_dict.items()}
 
 
-def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], source: str | Path, what: str = "") -> None:
+def load_weights(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], source: str | Path, what: str = "", remedy: str = ""
+) -> None:
     """Load a state dict strictly; the error names a first difference and what to do."""
     state_dict = strip_prefixes(state_dict)
     own = model.state_dict()
     what = what or "weights"
+    remedy = remedy or "give the --model, --input-size, --nb-classes and --model-kwargs it was trained with"
 
     def complain(names: Iterable[str], text: str) -> None:
         names = list(names)
         if names:
             raise InputError(
-                f"{source}: its {what} do not fit the model: {len(names)} {text}, first {names[0]}; "
-                "give the --model, --input-size, --nb-classes and --model-kwargs it was trained with"
+                f"{source}: its {what} do not fit the model: {len(names)} {text}, first {names[0]}; {remedy}"
             )
 
     complain((k for k in own if k not in state_dict), "tensors are missing")
     complain((k for k in state_dict if k not in own), "tensors are unknown")
+    complain((k for k in own if not isinstance(state_dict[k], torch.Tensor)), "values are no tensors")
     shapes = {k: (tuple(state_dict[k].shape), tuple(own[k].shape)) for k in own}
     complain((f"{k} {a} in the file, {b} in the model" for k, (a, b) in shapes.items() if a != b), "shapes differ")
     model.load_state_dict(state_dict)
@@ -218,8 +221,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], sour
         optimizer.load_state_dict(saved)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{source}: its optimizer state does not fit ({_first_line(error)}); was --opt, --weight-decay or the "
-            "model different?"
+            f"{source}: its optimizer state does not fit ({_first_line(error)}); was --opt, --weight-decay, "
+            "--layer-decay, --freeze or the model different?"
         ) from None
     for group, now in zip(optimizer.param_groups, groups, strict=True):
         group.update(now)

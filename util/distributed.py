@@ -91,17 +91,14 @@ def init(device_name: str | None, backend: str | None = None, timeout_s: float =
     rank, local_rank, world = find_world()
     device = pick_device(device_name, local_rank)
     if world > 1 and not dist.is_initialized():
+        backend = backend or BACKENDS.get(device.type, "gloo")
+        if not dist.is_backend_available(backend):
+            raise InputError(f"--dist-backend {backend}: this torch has no such backend; gloo is for any device")
         try:
-            dist.init_process_group(
-                backend or BACKENDS.get(device.type, "gloo"),
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(seconds=timeout_s),
-            )
-        except (ValueError, dist.DistNetworkError) as error:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+        except (ValueError, dist.DistError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"the {world} processes of WORLD_SIZE do not meet: {reason}; use torchrun") from None
-        device = pick_device(device_name, local_rank)
     return device
 
 

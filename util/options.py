@@ -24,6 +24,8 @@ NO_EFFECT = {
     "patience_epochs": "the plateau schedule is not offered",
 }
 
+TEACHING = ("teacher_model", "teacher_path", "distillation_alpha", "distillation_tau")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that takes - and _ alike in flags, and raises InputError with one line."""
@@ -152,7 +154,7 @@ def _add_optimization(parser: Parser) -> None:
 def _add_augmentation(parser: Parser) -> None:
     group = parser.add_argument_group("augmentation")
     add = group.add_argument
-    add("--color-jitter", type=float, default=0.4, help="without effect while --aa is on")
+    add("--color-jitter", type=float, default=0.4, help="without effect while --aa is on, but for --ThreeAugment")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none")
     add("--smoothing", type=float, default=0.1)
     add("--ThreeAugment", action="store_true", help="DeiT III's: grey, solarise or blur, then colour jitter")
@@ -301,6 +303,17 @@ def _check_training(args: argparse.Namespace) -> None:
             f"--bce-loss makes every target above 0 a 1, which --smoothing {args.smoothing:g} makes all of them: "
             "add --smoothing 0"
         )
+    if args.distillation_type != "none" and not args.teacher_path:
+        raise InputError(
+            f"--distillation-type {args.distillation_type} needs a teacher's weights: add --teacher-path FILE"
+        )
+    if args.distillation_type != "none" and not args.train_mode:
+        raise InputError(
+            f"--no-train-mode averages the two heads, which --distillation-type {args.distillation_type} trains "
+            "apart: leave it out"
+        )
+    if args.freeze != "head" and args.freeze and not args.freeze.isdecimal():
+        raise InputError(f"--freeze {args.freeze} must be head or a number of blocks to train")
     if not args.resume and args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch} leaves nothing to do of --epochs {args.epochs}: lower it")
 
@@ -317,6 +330,14 @@ def without_effect(args: argparse.Namespace) -> list[str]:
     """Say which of the given flags change nothing, and why."""
     given = [a for a in build_parser()._actions if a.dest in NO_EFFECT and getattr(args, a.dest) != a.default]
     lines = [f"{a.option_strings[0]} has no effect: {NO_EFFECT[a.dest]}" for a in given]
-    if args.color_jitter != 0.4 and args.aa.lower() not in ("", "none"):
+    if args.color_jitter != 0.4 and args.aa.lower() not in ("", "none") and not args.ThreeAugment:
         lines.append("--color-jitter has no effect while --aa is on")
+    if args.src and not args.ThreeAugment:
+        lines.append("--src has no effect without --ThreeAugment")
+    for a in (a for a in build_parser()._actions if a.dest in ("aa", "reprob", "remode", "recount")):
+        if args.ThreeAugment and getattr(args, a.dest) != a.default:
+            lines.append(f"{a.option_strings[0]} has no effect: --ThreeAugment takes its place")
+    unused = {"none": TEACHING, "hard": ("distillation_tau",), "soft": ()}[args.distillation_type]
+    for a in (a for a in build_parser()._actions if a.dest in unused and getattr(args, a.dest) != a.default):
+        lines.append(f"{a.option_strings[0]} has no effect: --distillation-type is {args.distillation_type}")
     return lines

@@ -16,6 +16,9 @@ from util import checkpoint, distributed
 from util.distributed import print0
 from util.errors import InputError
 
+OTHER_WEIGHTS = (
+    "give the --model, --input-size, --nb-classes and --model-kwargs it was trained with; or did you mean --finetune?"
+)
 SILENT = {"resume", "output_dir", "device", "eval", "num_workers", "print_freq"}  # changes that change no result
 
 
@@ -72,8 +75,10 @@ class RunState:
         Rates follow today's flags: the schedule is a function of the epoch. What changed since is said.
         """
         if "optimizer" not in saved:
-            raise InputError(f"{source}: weights only, so there is no run to resume; --eval evaluates it")
-        checkpoint.load_weights(self.model, saved["model"], source)
+            raise InputError(
+                f"{source}: weights only, so there is no run to resume; --eval evaluates it; did you mean --finetune?"
+            )
+        checkpoint.load_weights(self.model, saved["model"], source, remedy=OTHER_WEIGHTS)
         checkpoint.load_optimizer(self.optimizer, saved["optimizer"], source)
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])

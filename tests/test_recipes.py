@@ -1,0 +1,162 @@
+"""The scripts: what each recipe asks of main.py, and each published one run for a shortened epoch."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from test_data_sets import write_batch
+from test_distributed import finish, start
+
+from util import options
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = {
+    # recipe: model, data set, pixels, batch a process, processes, rate, epochs, epochs of warm-up
+    "cifar100": ("dhvt_tiny_cifar_patch4", "CIFAR", 32, 256, 2, 1e-3, 300, 5),
+    **{
+        name: ("dhvt_tiny_domain_patch16", name, 224, 128, 2, 1e-3, 300, 20)
+        for name in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+    },
+    "imagenet": ("dhvt_tiny_imagenet_patch16", "IMNET", 224, 128, 2, 5e-4, 300, 10),
+    "finetune-clipart": ("dhvt_small_imagenet_patch16", "clipart", 224, 128, 2, 5e-4, 100, 2),
+}
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Give a function that runs a script with stand-ins for python and torchrun, and returns status, words, error."""
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text('#!/bin/sh\n[ "$1" = -c ] && { echo "${FOUND:-0}"; exit; }\necho "$0" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+
+    def run(script: str, *words: str, **env: str) -> tuple[int, list[str], str]:
+        clean = {k: v for k, v in os.environ.items() if k not in ("DATA", "OUT", "CKPT", "NGPU")}
+        clean |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | env
+        done = subprocess.run(["bash", str(ROOT / script), *words], env=clean, capture_output=True, text=True)
+        return done.returncode, done.stdout.split(), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+@pytest.mark.parametrize("ngpu", [1, 2])
+def test_published_recipes_say_what_was_published(call, tmp_path, recipe, ngpu):
+    (tmp_path / "c.pth").touch()
+    env = {"DATA": str(tmp_path), "CKPT": str(tmp_path / "c.pth"), "NGPU": str(ngpu)}
+    status, words, error = call("run_code.sh", recipe, "--seed", "5", **env)
+    assert status == 0, error
+    launch = words[: words.index(next(w for w in words if w.endswith("main.py")))]
+    assert [Path(launch[0]).name, *launch[1:]] == [["python"], ["torchrun", "--standalone", "--nproc_per_node=2"]][
+        ngpu - 1
+    ]
+    args = options.parse(words[len(launch) + 1 :])
+    model, data, pixels, batch, processes, lr, epochs, warmup = PUBLISHED[recipe]
+    assert (args.model, args.data_set, args.input_size, args.batch_size) == (model, data, [pixels], batch)
+    assert (args.lr, args.epochs, args.warmup_epochs) == (lr, epochs, warmup)
+    assert ngpu * args.accum_steps == processes
+    assert (args.opt, args.dist_eval, args.seed, args.resume) == ("adamw", True, 5, "auto")
+    assert args.output_dir == f"output/{recipe}" and args.data_path == str(tmp_path)
+    tuned = recipe == "finetune-clipart"
+    assert (args.weight_decay, args.min_lr) == ((1e-8, 1e-6) if tuned else (0.05, 1e-5))
+    assert args.repeated_aug is not tuned and args.finetune == (str(tmp_path / "c.pth") if tuned else "")
+    defaults = options.parse(["--data-set", "DIGITS"])
+    for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path", "model_ema", "sched", "warmup_lr"):
+        assert getattr(args, name) == getattr(defaults, name), name
+
+
+def test_finetune_is_a_recipe_of_the_same_script(call, tmp_path):
+    env = {"DATA": str(tmp_path), "CKPT": "https://example.org/c.pth", "NGPU": "1", "OUT": "elsewhere"}
+    _, short, _ = call("finetune.sh", "--seed", "3", **env)
+    _, named, _ = call("finetune.sh", "clipart", "--seed", "3", **env)
+    _, whole, _ = call("run_code.sh", "finetune-clipart", "--seed", "3", **env)
+    assert short == named == whole and "elsewhere" in whole
+
+
+def test_without_a_recipe_it_is_the_digits_in_one_process(call):
+    assert call("run_code.sh")[1] == call("run_code.sh", "digits")[1]
+    status, words, _ = call("run_code.sh", "--epochs", "1")
+    assert status == 0 and Path(words[0]).name == "python"
+    args = options.parse(words[2:])
+    assert (args.data_set, args.epochs, args.accum_steps) == ("DIGITS", 1, 1)
+
+
+@pytest.mark.parametrize(("found", "processes"), [("0", 1), ("1", 1), ("2", 2), ("8", 2)])
+def test_without_ngpu_all_devices_train_up_to_the_recipes(call, tmp_path, found, processes):
+    _, words, _ = call("run_code.sh", "imagenet", DATA=str(tmp_path), FOUND=found)
+    accum = int(words[words.index("--accum-steps") + 1])
+    assert processes * accum == 2 and (f"--nproc_per_node={processes}" in words) == (processes > 1)
+
+
+BAD = {
+    "recipe": ("run_code.sh mnist", {}, "no recipe mnist", "cifar100"),
+    "recipe to tune": ("finetune.sh mnist", {}, "no recipe finetune-mnist", "finetune-clipart"),
+    "no data": ("run_code.sh imagenet", {}, "imagenet needs its data", "DATA=FOLDER"),
+    "missing data": ("run_code.sh cifar100", {"DATA": "/nowhere"}, "DATA=/nowhere", "no such folder"),
+    "no checkpoint": ("finetune.sh", {"DATA": "/"}, "the checkpoint to start from", "CKPT=FILE"),
+    "missing checkpoint": ("finetune.sh", {"DATA": "/", "CKPT": "/no.pth"}, "CKPT=/no.pth", "no such file"),
+    "processes": ("run_code.sh imagenet", {"DATA": "/", "NGPU": "3"}, "NGPU=3", "a number that does"),
+    "more processes": ("run_code.sh imagenet", {"DATA": "/", "NGPU": "4"}, "NGPU=4", "a number that does"),
+    "no number": ("run_code.sh imagenet", {"DATA": "/", "NGPU": "all"}, "NGPU=all", "at least 1"),
+}
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_the_scripts_say_in_one_line_what_is_missing(call, row):
+    command, env, value, remedy = BAD[row]
+    status, words, error = call(*command.split(), **env)
+    assert status == 2 and words == [] and len(error.splitlines()) == 1
+    assert error.startswith("run_code.sh: error: ") and value in error and remedy in error
+
+
+def test_no_script_fixes_a_port_or_uses_the_old_launcher():
+    for path in [*ROOT.glob("*.sh"), ROOT / "README.md", ROOT / ".ci" / "run"]:
+        text = path.read_text()
+        assert "master_port" not in text and "distributed.launch" not in text, path
+        if path.suffix == ".sh":
+            assert "\nset -euo pipefail\n" in text
+
+
+SITE = """
+import torchvision.datasets.cifar as cifar
+cifar.check_integrity = lambda *_, **__: True  # the small files have other checksums
+"""
+
+
+@pytest.fixture(scope="module")
+def small_data(tree, tmp_path_factory) -> Path:
+    """Give a folder with a small set of each recipe's real layout, and a DHVT-S of 1,000 classes."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "sitecustomize.py").write_text(SITE)
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        batch = {"data": rng.integers(0, 256, (16, 3072), dtype=np.uint8), "fine_labels": list(range(16))}
+        write_batch(folder / "cifar100" / "cifar-100-python", split, batch)
+    write_batch(folder / "cifar100" / "cifar-100-python", "meta", {"fine_label_names": [str(i) for i in range(100)]})
+    for name in ("clipart", "imagenet"):
+        shutil.copytree(tree(count=8, side=48), folder / name)
+    model = timm.create_model("dhvt_small_imagenet_patch16", depth=1)
+    torch.save({"model": model.state_dict()}, folder / "small.pth")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["cifar100", "clipart", "imagenet", "finetune-clipart"])
+def test_published_recipes_train_an_epoch_in_two_processes(recipe, small_data, tmp_path):
+    env = {"DATA": str(small_data / recipe.removeprefix("finetune-")), "OUT": str(tmp_path / "out"), "NGPU": "2"}
+    env |= {"CKPT": str(small_data / "small.pth"), "PYTHONPATH": str(small_data)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    short = "--epochs 1 --batch-size 4 --model-kwargs depth=1 --device cpu --num_workers 0 --print-freq 1"
+    status, out, err = finish(start(["bash", str(ROOT / "run_code.sh"), recipe, *short.split()], **env))
+    assert status == 0, err
+    classes = 100 if recipe == "cifar100" else 2
+    assert "effective batch 8 = 4 a process x 2 process(es) x 1 accumulated" in out
+    saved = torch.load(tmp_path / "out" / "checkpoint.pth")
+    assert saved["epoch"] == 0 and len(saved["classes"]) == len(saved["model"]["head.weight"]) == classes
+    if recipe.startswith("finetune"):
+        assert re.search(r"matched \d+", out) and "Fine-tuning in training mode" in out
