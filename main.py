@@ -49,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" [rank {distributed.rank()}]" if distributed.is_distributed() else ""
         print(f"main.py: error{where}: {line}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"main.py: error: {reason} Out of memory? Try fewer --num_workers, or in a container a larger --shm-size",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     finally:
         distributed.shutdown()
     return 0

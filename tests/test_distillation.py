@@ -192,6 +192,20 @@ def find_tensors(value: object) -> list[torch.Tensor]:
     return [tensor for part in parts for tensor in find_tensors(part)]
 
 
+def test_a_student_is_fine_tuned_under_a_teacher(teacher_file, tmp_path, capsys):
+    """The average keeps the weights it begins with: those of the file, but for the new heads."""
+    torch.save(
+        timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, **STUDENT).state_dict(), tmp_path / "s"
+    )
+    flags = [*RUN, "--distillation-type", "hard", "--teacher-path", str(teacher_file), "--model-ema-decay", "1"]
+    assert main.main([*flags, "--finetune", str(tmp_path / "s"), "--output_dir", str(tmp_path / "out")]) == 0
+    assert "hard distillation" in capsys.readouterr().out
+    start, saved = torch.load(tmp_path / "s"), torch.load(tmp_path / "out" / "checkpoint.pth")
+    for name, tensor in saved["model_ema"].items():
+        assert name.startswith("head") or torch.equal(tensor, start[name]), name
+    assert not torch.equal(saved["model"]["dist_token"], start["dist_token"])
+
+
 def test_two_processes_train_one_student(teacher_file, tmp_path):
     flags = [*RUN, "--distillation-type", "hard", "--teacher-path", str(teacher_file), "--accum-steps", "2"]
     status, text, err = torchrun(2, *flags, "--batch-size", "64", "--output_dir", str(tmp_path / "out"))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import struct
 
 import numpy as np
@@ -14,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import builders
+import datasets
 import engine
 import main
 from losses import ImageLoss
@@ -442,3 +445,15 @@ def test_any_timm_model_takes_the_input_size(model, size):
     args = options.parse(["--data-set", "DIGITS", "--model", model, "--input-size", *map(str, size)])
     assert builders.find_input_size(args) == size
     assert builders.build_model(args, 7, size).eval()(torch.zeros(1, 3, *size)).shape == (1, 7)
+
+
+def test_a_killed_worker_is_one_line_with_a_hint(tiny_flags, monkeypatch, capsys):
+    """As where the shared memory of a container is too small."""
+
+    def killed(self, key):
+        os.kill(os.getpid(), signal.SIGBUS)
+
+    monkeypatch.setattr(datasets.Seeded, "__getitem__", killed)
+    assert main.main([*tiny_flags, "--num_workers", "1"]) == 1
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("main.py: error")]
+    assert "DataLoader worker" in line and "--shm-size" in line
