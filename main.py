@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" [rank {distributed.rank()}]" if distributed.is_distributed() else ""
         print(f"main.py: error{where}: {line}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("main.py: stopped; --resume auto goes on after the last finished epoch", file=sys.stderr, flush=True)
+        return 130
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

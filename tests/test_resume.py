@@ -93,6 +93,27 @@ def test_a_killed_run_resumes_to_the_very_weights_ema_best_rates_and_log(quick_f
     assert log_of(whole) == log_of(broken) and len(log_of(whole)) == 4
 
 
+def test_ctrl_c_is_one_line_and_keeps_what_was_finished(quick_flags, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "main.py"), *quick_flags, "--epochs", "500", "--output_dir", str(out)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    try:
+        deadline = time.time() + 120
+        while not (out / "checkpoint_0002.pth").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert error == "main.py: stopped; --resume auto goes on after the last finished epoch\n"
+    assert checkpoint.load(out / "checkpoint.pth")["epoch"] >= 2
+
+
 def test_changed_flags_take_effect_on_resume_and_are_said(quick_flags, tmp_path, capsys):
     out = tmp_path / "out"
     run(*quick_flags, "--epochs", "2", "--output_dir", str(out))

@@ -96,7 +96,7 @@ class RunState:
         before = vars(before) if isinstance(before, argparse.Namespace) else before
         for name, now in checkpoint.plain(vars(args)).items():
             then = checkpoint.plain(before.get(name, now))
-            if then != now and name not in SILENT:
+            if then != now and now is not None and name not in SILENT:
                 print0(f"resume: --{name} was {then} and is {now} from here on")
 
 
