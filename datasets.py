@@ -103,7 +103,10 @@ def find_classes(root: Path, class_map: dict[str, int] | None = None) -> tuple[l
         return found, {name: i for i, name in enumerate(found)}
     unknown = [name for name in found if name not in class_map]
     if unknown:
-        raise InputError(f"{root / unknown[0]}: not among the {len(class_map)} training classes; remove it")
+        known = ", ".join([*list(class_map)[:5], *(["…"] if len(class_map) > 5 else [])])
+        raise InputError(
+            f"{root / unknown[0]}: not among the {len(class_map)} training classes ({known}); rename or remove it"
+        )
     return list(class_map), dict(class_map)
 
 

@@ -174,8 +174,8 @@ class LossWatch:
         scale = self.precision.scaler.get_scale() if self.precision.scaler.is_enabled() else 1.0
         raise NonFiniteLossError(
             f"{what} in epoch {self.epoch}, step {update} (lr {self.lr:.3g}, loss scale {scale:g}, last gradient norm "
-            f"{norm:.3g}); the last checkpoint is kept; try a lower --lr, --clip-grad 1, longer --warmup-epochs, or "
-            "--amp bf16 or off, and go on with --resume"
+            f"{norm:.3g}); the last checkpoint, if any, is kept; try a lower --lr, --clip-grad 1, longer "
+            "--warmup-epochs, or --amp bf16 or off, and go on with --resume"
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 import datasets
 import engine
@@ -35,7 +36,7 @@ from util import checkpoint, distributed, finetune, options
 from util.distributed import print0
 from util.errors import InputError, NonFiniteLossError
 from util.log import RunLog, describe_versions
-from util.run_state import Progress, RunState, check_output_dir, load_resumed
+from util.run_state import Progress, RunState, check_output_dir, load_resumed, lock, unlock
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,16 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("main.py: stopped; --resume auto goes on after the last finished epoch", file=sys.stderr, flush=True)
         return 130
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
         reason = str(error).splitlines()[0]
-        print(
-            f"main.py: error: {reason} Out of memory? Try fewer --num_workers, or in a container a larger --shm-size",
-            file=sys.stderr,
-            flush=True,
-        )
+        if "DataLoader worker" in reason:
+            line = f"{reason} Out of memory? Try fewer --num_workers, or in a container a larger --shm-size"
+        elif distributed.is_lost_connection(error):
+            line = f"rank {distributed.rank()} lost the others: one of them ended, and has said why"
+        else:
+            raise
+        print(f"main.py: error: {line}", file=sys.stderr, flush=True)
         return 1
     finally:
+        unlock()
         distributed.shutdown()
     return 0
 
@@ -130,11 +132,10 @@ def run_training(
     state = RunState(model, ema, optimizer, scheduler, precision.scaler, train_set.classes)
     if saved:
         state.restore(saved, source, args)
-    progress, first_epoch = state.progress, state.progress.epoch + 1
+    first_epoch = state.progress.epoch + 1
     if first_epoch >= args.epochs:
         print0(f"{source}: this run is finished ({first_epoch} epochs of {args.epochs}); nothing to do")
         return
-    net = distributed.wrap_ddp(model, device)
 
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     updates = math.ceil(len(train_loader) / args.accum_steps)
@@ -144,29 +145,51 @@ def run_training(
     if args.test_speed:
         report_speed(args, model, size, precision)
 
-    started = time.time()
     criterion = build_image_loss(args, criterion, model, teacher, precision)
     step_options = engine.StepOptions(
         args.accum_steps, args.clip_grad, mixup, args.print_freq, train_mode=args.train_mode, frozen=frozen
     )
-    for epoch in range(first_epoch, args.epochs):
+    started = time.time()
+    train_epochs(args, state, train_loader, val_loader, precision, criterion, step_options, log, n_parameters)
+    log.close()
+    close(args, state.progress, time.time() - started)
+
+
+def train_epochs(
+    args: argparse.Namespace,
+    state: RunState,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    precision: engine.Precision,
+    criterion: nn.Module,
+    step_options: engine.StepOptions,
+    log: RunLog,
+    n_parameters: int,
+) -> None:
+    """Train, evaluate, log and save each epoch that is left."""
+    model, ema, progress = state.model, state.ema, state.progress
+    net = distributed.wrap_ddp(model, precision.device)
+    updates = math.ceil(len(train_loader) / args.accum_steps)
+    for epoch in range(progress.epoch + 1, args.epochs):
         epoch_started = time.time()
         seed_everything(args.seed + distributed.rank(), epoch)
         train_loader.sampler.set_epoch(epoch)
-        scheduler.step(epoch)
-        step_options.on_report = partial(report_losses, log, epoch * updates, scheduler)
-        train = engine.train_one_epoch(net, criterion, train_loader, optimizer, precision, epoch, step_options, ema)
+        state.scheduler.step(epoch)
+        step_options.on_report = partial(report_losses, log, epoch * updates, state.scheduler)
+        train = engine.train_one_epoch(
+            net, criterion, train_loader, state.optimizer, precision, epoch, step_options, ema
+        )
         distributed.broadcast_buffers(model, ema and ema.module)
-        test = {}
-        if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
-            test = evaluate_both(model, ema, val_loader, precision)
-        best = progress.record(epoch, test)
+        test: dict[str, float] = {}
+        try:
+            if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
+                test |= evaluate_both(model, ema, val_loader, precision)
+        finally:  # an image that cannot be read costs the evaluation, not the epoch
+            best = progress.record(epoch, test)
+            log.epoch(train, test, epoch=epoch, n_parameters=n_parameters, epoch_seconds=time.time() - epoch_started)
+            state.save(args, best)
         if test:
             print0(f"Max accuracy: {progress.max_accuracy:.2f}%")
-        log.epoch(train, test, epoch=epoch, n_parameters=n_parameters, epoch_seconds=time.time() - epoch_started)
-        state.save(args, best)
-    log.close()
-    close(args, progress, time.time() - started)
 
 
 def load_start(args: argparse.Namespace, source: str) -> dict[str, Any]:
@@ -264,7 +287,8 @@ def announce(args, train_loader, val_set, n_parameters: int, lr_sum: dict[str, A
     if not args.train_mode:
         print0("The model stays in evaluation mode: its norms' statistics and drop path are off (--no-train-mode)")
     elif args.finetune:
-        print0("Fine-tuning in training mode: norms follow the data, drop path acts; --no-train-mode as published")
+        norms = "frozen norms stay as they are, the others" if args.freeze else "norms"
+        print0(f"Fine-tuning in training mode: {norms} follow the data, drop path acts; --no-train-mode as published")
     left = args.model_ema_decay ** (updates * args.epochs)
     if args.model_ema and left > 0.1:
         print0(
@@ -278,6 +302,8 @@ def start(log: RunLog, args: argparse.Namespace, start_epoch: int, lr_sum: dict[
     record |= {"n_parameters": n_parameters, "processes": distributed.world_size(), "versions": describe_versions()}
     try:
         log.start(record, start_epoch)
+        if log.folder is not None:
+            lock(log.folder)
     except OSError as error:
         raise InputError(f"--output_dir {args.output_dir}: {error}") from None
     distributed.barrier()
@@ -333,14 +359,16 @@ def report_speed(
 
 def close(args: argparse.Namespace, progress: Progress, seconds: float) -> None:
     """Say how good it got, where that is, and how to see it again."""
-    ema = f"; EMA {progress.max_accuracy_ema:.2f}%" if args.model_ema else ""
     print0(f"Trained for {timedelta(seconds=round(seconds))}")
-    text = f"Best accuracy {progress.max_accuracy:.2f}% (epoch {progress.best_epoch}{ema})"
+    if args.model_ema:
+        print0(f"Best EMA accuracy {progress.max_accuracy_ema:.2f}% (epoch {progress.best_epoch_ema})")
+    text = f"Best accuracy {progress.max_accuracy:.2f}% (epoch {progress.best_epoch})"
     if not args.output_dir:
         print0(f"{text}; nothing was saved: no --output_dir")
         return
     best = Path(args.output_dir) / "best_checkpoint.pth"
-    command = ["python", "main.py", "--eval", "--resume", str(best), "--model", args.model, "--data-set", args.data_set]
+    script = sys.argv[0] if Path(sys.argv[0]).name == "main.py" else "main.py"
+    command = ["python", script, "--eval", "--resume", str(best), "--model", args.model, "--data-set", args.data_set]
     command += ["--data-path", args.data_path] if args.data_path else []
     command += ["--use-lmdb"] if args.use_lmdb else []
     command += ["--inat-category", args.inat_category] if args.data_set in ("INAT", "INAT19") else []

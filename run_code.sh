@@ -52,7 +52,7 @@ imagenet)
 finetune-clipart)
     flags=("${common[@]}" --model dhvt_small_imagenet_patch16 --data-set clipart --input-size 224 --batch-size 128
         --lr 5e-4 --min-lr 1e-6 --weight-decay 1e-8 --epochs 100 --warmup-epochs 2 --no-repeated-aug)
-    [[ -n ${CKPT:-} ]] || stop "$recipe needs the checkpoint to start from: CKPT=FILE bash $0 …"
+    [[ -n ${CKPT:-} ]] || stop "$recipe needs the checkpoint to start from: CKPT=FILE bash finetune.sh …"
     [[ -f $CKPT || $CKPT == http*://* ]] || stop "CKPT=$CKPT: no such file"
     flags+=(--finetune "$CKPT")
     ;;
@@ -60,7 +60,7 @@ finetune-clipart)
 esac
 
 if [[ $recipe != digits ]]; then
-    [[ -n ${DATA:-} ]] || stop "$recipe needs its data: DATA=FOLDER bash $0 …"
+    [[ -n ${DATA:-} ]] || stop "$recipe needs its data: set DATA=FOLDER before the command"
     [[ -d $DATA ]] || stop "DATA=$DATA: no such folder"
     flags+=(--data-path "$DATA")
 fi

@@ -156,6 +156,62 @@ def test_auto_starts_afresh_in_an_empty_folder_and_passes_over_a_damaged_file(qu
     assert torch.load(newest)["epoch"] == 1
 
 
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(quick_flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "main.py"), *quick_flags, "--epochs", "500", "--output_dir", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.time() + 120
+        while not (out / "checkpoint_0000.pth").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.02)
+        assert main.main([*quick_flags, "--output_dir", str(out), "--resume", "auto"]) == 2
+        assert "another run is writing there now; name another folder" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.communicate()
+    again = checkpoint.load(out / "checkpoint.pth")["epoch"] + 2  # the lock went with the process
+    run(*quick_flags, "--epochs", str(again), "--output_dir", str(out), "--resume", "auto")
+    assert [line["epoch"] for line in log_of(out)] == list(range(again))
+
+
+def test_an_unreadable_validation_image_costs_the_evaluation_not_the_epoch(tree, quick_flags, tmp_path, capsys):
+    root, out = tree(count=12, side=32), tmp_path / "out"
+    bad = root / "val" / "bee" / "3.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:100])
+    flags = [*quick_flags, "--data-path", str(root), "--output_dir", str(out), "--epochs", "2", "--resume", "auto"]
+    assert main.main(flags) == 2
+    assert "3.png: not a readable image" in capsys.readouterr().err
+    assert checkpoint.load(out / "checkpoint.pth")["epoch"] == 0 and "test_acc1" not in log_of(out)[0]
+    bad.write_bytes(whole)
+    run(*flags)
+    assert [line["epoch"] for line in log_of(out)] == [0, 1] and "test_acc1" in log_of(out)[1]
+
+
+def test_auto_takes_the_best_checkpoint_when_no_other_can_be_read(quick_flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(*quick_flags, "--epochs", "2", "--output_dir", str(out))
+    best = torch.load(out / "best_checkpoint.pth")
+    (out / "best_checkpoint.pth").unlink()
+    torch.save(best, out / "best_checkpoint.pth")
+    for path in out.glob("checkpoint*.pth"):
+        path.write_bytes(b"PK\x03\x04")
+    run(*quick_flags, "--epochs", "3", "--output_dir", str(out), "--resume", "auto")
+    assert f"--resume auto: {out / 'best_checkpoint.pth'}" in capsys.readouterr().out
+    assert torch.load(out / "checkpoint.pth")["epoch"] == 2
+
+
+def test_the_closing_lines_name_each_bests_own_epoch(quick_flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(*quick_flags, "--epochs", "4", "--lr", "1e-2", "--model-ema-decay", "0.8", "--output_dir", str(out))
+    lines = log_of(out)
+    text = capsys.readouterr().out
+    for key, words in (("test_acc1", "Best accuracy"), ("test_ema_acc1", "Best EMA accuracy")):
+        best = max(range(4), key=lambda e: lines[e][key])
+        assert f"{words} {lines[best][key]:.2f}% (epoch {best})" in text
+
+
 def test_all_damaged_is_an_error_and_loses_nothing(quick_flags, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()

@@ -103,10 +103,10 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 
 def find_all(folder: Path) -> list[Path]:
-    """List a folder's resumable checkpoints, newest first."""
+    """List a folder's resumable checkpoints, newest first; the best one, of whatever epoch, is the last resort."""
     numbered = _numbered(folder)
-    latest = folder / "checkpoint.pth"
-    return [numbered[n] for n in sorted(numbered, reverse=True)] + ([latest] if latest.is_file() else [])
+    named = [folder / "checkpoint.pth", folder / "best_checkpoint.pth"]
+    return [numbered[n] for n in sorted(numbered, reverse=True)] + [path for path in named if path.is_file()]
 
 
 def load(source: str | Path) -> dict[str, Any]:

@@ -102,6 +102,12 @@ def init(device_name: str | None, backend: str | None = None, timeout_s: float =
     return device
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Tell whether an error of a collective says no more than that another process is gone."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return is_distributed() and any(words in str(error) for words in lost)
+
+
 def shutdown() -> None:
     if is_distributed():
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """What a run saves and restores: one symmetrical pair, and where to find it."""
 
 import argparse
+import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,8 @@ class Progress:
     epoch: int = -1
     max_accuracy: float = 0.0
     max_accuracy_ema: float = 0.0
-    best_epoch: int | None = None
+    best_epoch: int | None = None  # by the raw weights, as best_checkpoint.pth
+    best_epoch_ema: int | None = None
 
     def record(self, epoch: int, test: dict[str, float]) -> bool:
         """Note an epoch and its evaluation, if there was one; tell whether it is the best so far."""
@@ -37,7 +39,9 @@ class Progress:
         best = "test_acc1" in test and (self.best_epoch is None or test["test_acc1"] > self.max_accuracy)
         if best:
             self.max_accuracy, self.best_epoch = test["test_acc1"], epoch
-        self.max_accuracy_ema = max(self.max_accuracy_ema, test.get("test_ema_acc1", 0.0))
+        ema = test.get("test_ema_acc1")
+        if ema is not None and (self.best_epoch_ema is None or ema > self.max_accuracy_ema):
+            self.max_accuracy_ema, self.best_epoch_ema = ema, epoch
         return best
 
 
@@ -100,8 +104,31 @@ class RunState:
                 print0(f"resume: --{name} was {then} and is {now} from here on")
 
 
+_locks: list[int] = []
+
+
+def lock(folder: Path) -> None:
+    """Keep other runs out of a folder until `unlock`, or the end of this process, however it comes; on rank 0."""
+    if not distributed.is_primary() or _locks:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"--output_dir {folder}: another run is writing there now; name another folder") from None
+    except OSError:
+        pass  # a file system without locks
+    _locks.append(handle)
+
+
+def unlock() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
 def check_output_dir(args: argparse.Namespace) -> None:
-    """Refuse a folder that cannot be written, and one that holds another run: training would overwrite it."""
+    """Refuse a folder that cannot be written, that another run is using, or that holds one: training overwrites it."""
     if not args.output_dir:
         return
     folder = Path(args.output_dir)
@@ -110,7 +137,11 @@ def check_output_dir(args: argparse.Namespace) -> None:
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--output_dir {folder}: {parent} cannot be written; name another folder")
-    if args.eval or args.resume == "auto" or not checkpoint.find_all(folder):
+    if args.eval:
+        return
+    if folder.exists():
+        lock(folder)
+    if args.resume == "auto" or not checkpoint.find_all(folder):
         return
     if not args.resume or Path(args.resume).resolve().parent != folder.resolve():
         raise InputError(f"--output_dir {folder}: it holds a run; continue it by --resume auto, or name another folder")
