@@ -97,7 +97,13 @@ def test_ctrl_c_is_one_line_and_keeps_what_was_finished(quick_flags, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "main.py"), *quick_flags, "--epochs", "500", "--output_dir", str(out)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # what a shell starts in the background inherits that SIGINT is ignored, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.time() + 120
