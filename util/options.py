@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+import timm
+
 from util.errors import InputError
 
 DOMAIN_NET = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
@@ -24,6 +26,7 @@ NO_EFFECT = {
     "patience_epochs": "the plateau schedule is not offered",
 }
 
+REORGANISING = "base_keep_rate fuse_token drop_loc shrink_start_epoch shrink_epochs visualize_mask n_visualization"
 TEACHING = ("teacher_model", "teacher_path", "distillation_alpha", "distillation_tau")
 
 
@@ -76,7 +79,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     groups = (_add_run, _add_model, _add_finetuning, _add_optimization, _add_augmentation, _add_data)
-    for add in (*groups, _add_distillation, _add_distribution):
+    for add in (*groups, _add_distillation, _add_reorganisation, _add_distribution):
         add(parser)
     return parser
 
@@ -194,6 +197,17 @@ def _add_distillation(parser: Parser) -> None:
     add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
 
 
+def _add_reorganisation(parser: Parser) -> None:
+    add = parser.add_argument_group("token reorganisation, for models that have keep rates").add_argument
+    add("--base_keep_rate", type=float, default=0.7)
+    add("--fuse_token", action="store_true")
+    add("--drop_loc", default="(3, 6, 9)")
+    add("--shrink_start_epoch", type=int, default=10)
+    add("--shrink_epochs", type=int, default=0)
+    add("--visualize_mask", action="store_true")
+    add("--n_visualization", type=int, default=128)
+
+
 def _add_distribution(parser: Parser) -> None:
     add = parser.add_argument_group("distribution").add_argument
     add("--dist-backend", default=None, help="default: nccl on CUDA, gloo on the CPU")
@@ -277,6 +291,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def _check_together(args: argparse.Namespace) -> None:
     if not (args.eval or args.only_test_speed):
         _check_training(args)
+    _check_reorganisation(args)
     for name, flag in (("img_size", "--input-size"), ("num_classes", "--nb-classes")):
         if name in args.model_kwargs:
             raise InputError(f"--model-kwargs {name}={args.model_kwargs[name]}: give {flag}, which the data follow too")
@@ -293,6 +308,16 @@ def _check_together(args: argparse.Namespace) -> None:
     if args.data_set != "DIGITS" and not args.data_path and not args.only_test_speed:
         layout = ", with train/CLASS/ and val/CLASS/ in it" if args.data_set in FOLDERS else ""
         raise InputError(f"--data-set {args.data_set} needs --data-path FOLDER{layout}")
+
+
+def _check_reorganisation(args: argparse.Namespace) -> None:
+    able = timm.list_models("*_shrink_base")
+    for action in build_parser()._actions if args.model not in able else ():
+        if action.dest in REORGANISING.split() and getattr(args, action.dest) != action.default:
+            raise InputError(
+                f"{action.option_strings[0]} is for models that reorganise tokens, and --model {args.model} does not: "
+                f"{'take ' + ', '.join(able) if able else 'leave it out, no model here does yet'}"
+            )
 
 
 def _check_training(args: argparse.Namespace) -> None:
