@@ -4,6 +4,7 @@ import argparse
 import difflib
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from models.dhvt import DHVT, _filter_state_dict
-from util import checkpoint, distributed, finetune, options
+from util import checkpoint, checks, distributed, finetune
 from util.distributed import print0
 from util.errors import InputError
+from util.keep_rate import keep_rate_at
 
 
 def find_cfg(name: str, flag: str = "--model") -> PretrainedCfg:
@@ -70,6 +72,9 @@ def build_model(
     if args.drop:
         kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
     optional = {"img_size"} | ({"drop_path_rate"} if args.drop_path == 0.1 else set())
+    if args.model in timm.list_models(module="evit"):
+        kwargs["base_keep_rate"], kwargs["fuse_token"] = args.base_keep_rate, args.fuse_token
+        kwargs["drop_loc"] = checks.find_drop_loc(args.drop_loc)
     kwargs |= args.model_kwargs
     while True:
         try:
@@ -93,6 +98,25 @@ def build_model(
             raise InputError(f"{flag} {args.model} at {size[0]}x{size[1]} pixels{given}: {reason}") from None
 
 
+def count_head(name: str, weights: dict[str, Any]) -> int | None:
+    """Give the number of classes of a model's weights by its classifier's rows; None where they do not tell."""
+    classifier = timm.get_pretrained_cfg(name).classifier
+    classifier = classifier if isinstance(classifier, str) else (classifier or ("",))[0]
+    head = checkpoint.strip_prefixes(weights).get(f"{classifier}.weight")
+    return len(head) if isinstance(head, torch.Tensor) and head.ndim else None
+
+
+def build_keep_rate(args: argparse.Namespace, updates: int) -> Callable[[int], float] | None:
+    """Give the keep rate as a function of the update, counted from 0 over all epochs of `updates` each.
+
+    None for a model that does not reorganise tokens.
+    """
+    if args.model not in timm.list_models(module="evit"):
+        return None
+    start, end = args.shrink_start_epoch, args.shrink_start_epoch + args.shrink_epochs
+    return lambda update: keep_rate_at(update, start, end, updates, args.base_keep_rate)
+
+
 def load_teacher(args: argparse.Namespace, size: tuple[int, int]) -> tuple[nn.Module | None, list[str] | None]:
     """Build the teacher for `size` (height, width), with its weights; it has the number of classes of its file.
 
@@ -103,15 +127,14 @@ def load_teacher(args: argparse.Namespace, size: tuple[int, int]) -> tuple[nn.Mo
     """
     if args.distillation_type == "none":
         return None, None
-    cfg = find_cfg(args.teacher_model, "--teacher-model")
+    find_cfg(args.teacher_model, "--teacher-model")
     with torch.random.fork_rng(devices=[]):
         check_student(args, size)
         saved = checkpoint.load(args.teacher_path)
         weights = checkpoint.strip_prefixes(saved.pop("model"))
-        classifier = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or ("",))[0]
-        head = weights.get(f"{classifier}.weight")
-        num_classes = len(head) if isinstance(head, torch.Tensor) and head.ndim else None
-        like_model = argparse.Namespace(model=args.teacher_model, model_kwargs={}, drop=0.0, drop_path=0.1)
+        num_classes = count_head(args.teacher_model, weights)
+        whole = {"base_keep_rate": 1.0, "fuse_token": False, "drop_loc": ""}  # of EViT as a teacher: it sees all tokens
+        like_model = argparse.Namespace(model=args.teacher_model, model_kwargs={}, drop=0.0, drop_path=0.1, **whole)
         teacher = build_model(like_model, num_classes, size, "--teacher-model")
     remedy = "give the --teacher-model and --input-size it was trained with"
     checkpoint.load_weights(teacher, weights, args.teacher_path, "teacher's weights", remedy)
@@ -213,7 +236,7 @@ def build_optimization(
 
 def build_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Mixup | None]:
     mixup = None
-    if options.mixup_active(args):
+    if checks.mixup_active(args):
         mixup = Mixup(
             args.mixup,
             args.cutmix,

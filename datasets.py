@@ -4,7 +4,7 @@ import argparse
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from util import distributed, inat
+from util.checks import FOLDERS
 from util.cifar import KINDS as CIFARS
 from util.cifar import open_cifar
 from util.errors import InputError
-from util.options import FOLDERS
 from util.published_lmdb import PublishedLMDB
 from util.sampling import EpochSampler, Seeded
 
@@ -149,6 +149,36 @@ class ListedImages(Dataset):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
+class UnlabelledImages(Dataset):
+    """The images of a folder and of those in it, in the order of their names, without labels."""
+
+    def __init__(self, root: str, transform=None) -> None:
+        folder = Path(root)
+        if not folder.is_dir():
+            raise InputError(f"--image-dir {root}: no such folder")
+        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        if not self.files:
+            raise InputError(f"--image-dir {root}: no images in it (looked for {', '.join(IMG_EXTENSIONS)})")
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, None]:
+        image = _load_image(str(self.files[index]))
+        return (image if self.transform is None else self.transform(image)), None
+
+
+def spread(dataset: Dataset, count: int) -> Iterator[tuple[torch.Tensor, str | None, str]]:
+    """Yield `count` images, or all there are, evenly from a data set, with the names of their classes and files."""
+    n = len(dataset)
+    files = getattr(dataset, "files", None) or [path for path, _ in getattr(dataset, "samples", ())]
+    for i in (k * n // min(count, n) for k in range(min(count, n))):
+        image, target = dataset[i]
+        name = Path(files[i]).name if files else f"image {i}"
+        yield image, None if target is None else dataset.classes[target], name
+
+
 def build_transform(
     train: bool,
     size: tuple[int, int],
@@ -269,6 +299,12 @@ def build_val_dataset(args: argparse.Namespace, size: tuple[int, int], classes: 
             f"The validation set lacks {len(missing)} of the {len(dataset.classes)} classes: {', '.join(missing[:5])}"
         )
     return dataset
+
+
+def build_image_dataset(args: argparse.Namespace, size: tuple[int, int]) -> Dataset:
+    """Open --image-dir, with the transform of the validation set."""
+    transform = build_transform(False, size, small=False, crop_ratio=args.eval_crop_ratio)
+    return UnlabelledImages(args.image_dir, transform)
 
 
 def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]) -> Dataset:

@@ -39,7 +39,10 @@ class Precision:
 
 @dataclass
 class StepOptions:
-    """How an update is made: batches summed up, gradient clipping, mixing of images, reports, the model's mode."""
+    """How an update is made: batches summed up, gradient clipping, mixing of images, reports, the model's mode.
+
+    `keep_rate` gives the rate of an update of the epoch, for models that reorganise tokens.
+    """
 
     accum_steps: int = 1
     clip_grad: float | None = None
@@ -48,6 +51,7 @@ class StepOptions:
     on_report: Callable[[int, list[float]], None] | None = None  # first update of the epoch reported, their losses
     train_mode: bool = True
     frozen: Sequence[nn.Module] = ()  # in evaluation mode all the same
+    keep_rate: Callable[[int], float] | None = None
 
 
 def train_one_epoch(
@@ -83,6 +87,7 @@ def train_one_epoch(
     source = iter(loader)
     for update in range(updates):
         count = min(accum, batches - update * accum)
+        keep_rate = () if options.keep_rate is None else (options.keep_rate(update),)
         optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), device=device)
         for k in range(count):
@@ -97,7 +102,7 @@ def train_one_epoch(
             no_sync = model.no_sync if k < count - 1 and hasattr(model, "no_sync") else nullcontext
             with no_sync():
                 with precision.autocast():
-                    outputs = model(samples)
+                    outputs = model(samples, *keep_rate)
                 loss = criterion(samples, outputs, targets) / count
                 precision.scaler.scale(loss).backward()
             loss_sum += loss.detach()
@@ -180,13 +185,17 @@ class LossWatch:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable, precision: Precision) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, loader: Iterable, precision: Precision, keep_rate: float | None = None
+) -> dict[str, float]:
     """Evaluate all processes' shares together; every sample counts once, whatever the number of processes.
 
     Returns loss (mean cross-entropy), acc1 and acc5 (percent; the second is top-min(5, classes)), topk (that number)
-    and count (of images). `model` is not the one wrapped for several processes, and has `num_classes`.
+    and count (of images). `model` is not the one wrapped for several processes, and has `num_classes`; `keep_rate`
+    is for one that reorganises tokens, in place of its own.
     """
     model.eval()
+    rate = () if keep_rate is None else (keep_rate,)
     device, topk = precision.device, min(5, model.num_classes)
     hits = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-k
     loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -194,7 +203,7 @@ def evaluate(model: nn.Module, loader: Iterable, precision: Precision) -> dict[s
     for samples, targets in loader:
         samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with precision.autocast():
-            logits = model(samples)
+            logits = model(samples, *rate)
         logits = logits.float()  # B, classes
         loss += F.cross_entropy(logits, targets, reduction="none").to(loss.dtype).sum()
         found = logits.topk(topk, dim=1).indices == targets[:, None]  # B, k
@@ -250,6 +259,37 @@ def benchmark(
     }
 
 
+def compare(
+    model: nn.Module,
+    baseline: nn.Module,
+    input_size: tuple[int, int],
+    batch_size: int,
+    precision: Precision,
+    train: bool = False,
+    pairs: int = 15,
+) -> dict[str, float]:
+    """Time two models in turns, on the same random images, and give how many times as fast the first is.
+
+    Returns the medians of `pairs` turns: ratio with its quartiles (ratio_q1, ratio_q3), and images/s of both
+    (images_per_s, baseline_images_per_s). What disturbs the machine for a while disturbs both.
+    """
+    device, step = precision.device, _training_step if train else _inference_step
+    images = torch.randn(batch_size, getattr(model, "in_chans", 3), *input_size, device=device)
+    runs = [step(m, images, precision) for m in (model, baseline)]
+    for run in runs:
+        _timed(run, 2, device)
+    times = [[_timed(run, 1, device) for run in runs] for _ in range(pairs)]
+    q1, ratio, q3 = statistics.quantiles([theirs / ours for ours, theirs in times], n=4, method="inclusive")
+    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        "ratio": ratio,
+        "ratio_q1": q1,
+        "ratio_q3": q3,
+        "images_per_s": batch_size / ours,
+        "baseline_images_per_s": batch_size / theirs,
+    }
+
+
 def _inference_step(model: nn.Module, images: Tensor, precision: Precision) -> Callable[[], None]:
     model.eval()
 
@@ -293,5 +333,6 @@ def count_macs(model: nn.Module, input_size: tuple[int, int]) -> float:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch's tracer, which torchprofile uses
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", 'No handlers found: "aten::unbind"')  # a view: no MACs in it
+        for name in ("unbind", "topk", "scatter"):  # they move numbers: no MACs in them
+            warnings.filterwarnings("ignore", f'No handlers found: "aten::{name}"')
         return profile_macs(model, image) / 1e9

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune by a recipe of run_code.sh: CKPT=FILE DATA=FOLDER bash finetune.sh [clipart] [main.py flags…]
+# Fine-tune by a recipe of run_code.sh: CKPT=FILE DATA=FOLDER bash finetune.sh [clipart|evit] [main.py flags…]
 # The model trains in training mode, so DHVT's norms adapt; --no-train-mode is the published way.
 set -euo pipefail
 

@@ -3,11 +3,9 @@
 import argparse
 import copy
 import math
-import shlex
 import sys
 import time
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ import datasets
 import engine
 from builders import (
     build_criterion,
+    build_keep_rate,
     build_model,
     build_optimization,
+    count_head,
     find_amp_dtype,
     find_input_size,
     load_finetuned,
@@ -32,11 +32,12 @@ from builders import (
     synchronise_stem,
 )
 from losses import DistillationLoss, ImageLoss
-from util import checkpoint, distributed, finetune, options
+from util import checkpoint, checks, distributed, finetune, options, visualize
 from util.distributed import print0
 from util.errors import InputError, NonFiniteLossError
 from util.log import RunLog, describe_versions
-from util.run_state import Progress, RunState, check_output_dir, load_resumed, lock, unlock
+from util.report import announce, close, print_accuracy
+from util.run_state import RunState, check_output_dir, load_resumed, lock, unlock
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +81,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         return
     check_output_dir(args)
     saved, source = load_resumed(args)
-    if args.eval:
+    if checks.find_pictures(args):
+        run_pictures(args, saved, source, size, precision)
+    elif args.eval:
         run_evaluation(args, saved, source, size, precision)
     else:
         run_training(args, saved, source, size, precision)
@@ -91,23 +94,51 @@ def run_evaluation(
 ) -> None:
     dataset = datasets.build_val_dataset(args, size, saved.get("classes"))
     check_classes(saved, source, dataset.classes)
-    model = build_model(args, count_classes(args, dataset.classes), size)
+    model = load_evaluated(args, saved, source, count_classes(args, dataset.classes), size).to(precision.device)
+    print0(f"Evaluating {args.model}, {'EMA' if args.use_ema else 'raw'} weights of {source or 'timm'}")
+    if args.test_speed:
+        report_speed(args, model, size, precision)
+    test = engine.evaluate(model, datasets.build_val_loader(args, dataset), precision)
+    print_accuracy(test, model.num_classes)
+
+
+def load_evaluated(
+    args: argparse.Namespace, saved: dict[str, Any], source: str, num_classes: int | None, size: tuple[int, int]
+) -> nn.Module:
+    """Build the model with the weights of --resume, the average's with --use-ema."""
+    model = build_model(args, num_classes, size)
     key = "model_ema" if args.use_ema else "model"
     if saved and not saved.get(key):
         raise InputError(f"{source}: no {key} in it; leave out --use-ema")
     if saved:
         checkpoint.load_weights(model, saved[key], source, f"{key} weights")
-    model.to(precision.device)
-    print0(f"Evaluating {args.model}, {'EMA' if args.use_ema else 'raw'} weights of {source or 'timm'}")
-    if args.test_speed:
-        report_speed(args, model, size, precision)
-    test = engine.evaluate(model, datasets.build_val_loader(args, dataset), precision)
-    print_accuracy(test)
-    chance = 1 / model.num_classes
-    if model.num_classes > 1 and test["acc1"] / 100 < chance + 2 * math.sqrt(chance * (1 - chance) / test["count"]):
-        print0(
-            f"This is chance for {model.num_classes} classes: is it the right checkpoint, and are the classes in order?"
-        )
+    return model
+
+
+def run_pictures(
+    args: argparse.Namespace, saved: dict[str, Any], source: str, size: tuple[int, int], precision: engine.Precision
+) -> None:
+    """Write pictures of what the model looks at, on rank 0: whole, whatever the number of processes."""
+    if not distributed.is_primary():
+        return
+    if args.image_dir:
+        dataset = datasets.build_image_dataset(args, size)
+        classes = saved.get("classes")
+        num_classes = args.nb_classes or len(classes or ()) or count_head(args.model, saved.get("model", {}))
+    else:
+        dataset = datasets.build_val_dataset(args, size, saved.get("classes"))
+        check_classes(saved, source, dataset.classes)
+        classes, num_classes = dataset.classes, count_classes(args, dataset.classes)
+    model = load_evaluated(args, saved, source, num_classes, size).to(precision.device)
+    kind = checks.find_pictures(args)
+    folder = Path(args.output_dir or ".") / "visualization"
+    samples = datasets.spread(dataset, args.n_visualization)
+    written = visualize.write_pictures(
+        kind, model, samples, args.n_visualization, folder, classes, precision.autocast, precision.device
+    )
+    images = min(args.n_visualization, len(dataset))
+    text = f"{len(written)} pictures of {images} images are in {folder}; open {written[-1]} first"
+    print0(text if images == args.n_visualization else f"There are only {images} images. {text}")
 
 
 def run_training(
@@ -170,12 +201,16 @@ def train_epochs(
     model, ema, progress = state.model, state.ema, state.progress
     net = distributed.wrap_ddp(model, precision.device)
     updates = math.ceil(len(train_loader) / args.accum_steps)
+    keep_rate_of = build_keep_rate(args, updates)
     for epoch in range(progress.epoch + 1, args.epochs):
         epoch_started = time.time()
         seed_everything(args.seed + distributed.rank(), epoch)
         train_loader.sampler.set_epoch(epoch)
         state.scheduler.step(epoch)
-        step_options.on_report = partial(report_losses, log, epoch * updates, state.scheduler)
+        step_options.on_report = partial(report_losses, log, epoch * updates, state.scheduler, keep_rate_of)
+        if keep_rate_of is not None:
+            step_options.keep_rate = partial(lambda first, update: keep_rate_of(first + update), epoch * updates)
+        last_rate = None if keep_rate_of is None else keep_rate_of((epoch + 1) * updates - 1)
         train = engine.train_one_epoch(
             net, criterion, train_loader, state.optimizer, precision, epoch, step_options, ema
         )
@@ -183,13 +218,16 @@ def train_epochs(
         test: dict[str, float] = {}
         try:
             if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
-                test |= evaluate_both(model, ema, val_loader, precision)
+                test |= evaluate_both(model, ema, val_loader, precision, last_rate)
         finally:  # an image that cannot be read costs the evaluation, not the epoch
-            best = progress.record(epoch, test)
-            log.epoch(train, test, epoch=epoch, n_parameters=n_parameters, epoch_seconds=time.time() - epoch_started)
+            best = progress.record(epoch, test, last_rate)
+            more = {} if last_rate is None else {"keep_rate": last_rate}
+            more |= {"epoch": epoch, "n_parameters": n_parameters, "epoch_seconds": time.time() - epoch_started}
+            log.epoch(train, test, **more)
             state.save(args, best)
         if test:
-            print0(f"Max accuracy: {progress.max_accuracy:.2f}%")
+            at = "" if last_rate is None else f" at keep rate {progress.best_keep_rate:g}"
+            print0(f"Max accuracy: {progress.max_accuracy:.2f}%{at}")
 
 
 def load_start(args: argparse.Namespace, source: str) -> dict[str, Any]:
@@ -274,28 +312,6 @@ def build_image_loss(
     return DistillationLoss(loss, teacher.to(precision.device), kind, alpha, tau, precision.autocast)
 
 
-def announce(args, train_loader, val_set, n_parameters: int, lr_sum: dict[str, Any], updates: int) -> None:
-    """Say what will be trained on what, and what may surprise."""
-    n, sampler = len(train_loader.dataset), train_loader.sampler
-    print0(f"Model {args.model}; number of params: {n_parameters}")
-    print0(lr_sum["text"])
-    distinct = sampler.distinct_images(n, args.batch_size)
-    print0(
-        f"{n} training and {len(val_set)} test images; an epoch of {updates} updates shows {distinct} distinct images"
-        + (" (--repeated-aug)" if args.repeated_aug else "")
-    )
-    if not args.train_mode:
-        print0("The model stays in evaluation mode: its norms' statistics and drop path are off (--no-train-mode)")
-    elif args.finetune:
-        norms = "frozen norms stay as they are, the others" if args.freeze else "norms"
-        print0(f"Fine-tuning in training mode: {norms} follow the data, drop path acts; --no-train-mode as published")
-    left = args.model_ema_decay ** (updates * args.epochs)
-    if args.model_ema and left > 0.1:
-        print0(
-            f"EMA: {left:.0%} of the initial weights will remain in the average; lower --model-ema-decay to forget them"
-        )
-
-
 def start(log: RunLog, args: argparse.Namespace, start_epoch: int, lr_sum: dict[str, Any], n_parameters: int) -> None:
     """Write what is known before the first step; nothing was written before this."""
     record = checkpoint.plain(vars(args)) | {k: v for k, v in lr_sum.items() if k != "text"}
@@ -309,30 +325,35 @@ def start(log: RunLog, args: argparse.Namespace, start_epoch: int, lr_sum: dict[
     distributed.barrier()
 
 
-def report_losses(log: RunLog, first_step: int, scheduler: Scheduler, update: int, losses: list[float]) -> None:
+def report_losses(
+    log: RunLog,
+    first_step: int,
+    scheduler: Scheduler,
+    keep_rate_of: Callable[[int], float] | None,
+    update: int,
+    losses: list[float],
+) -> None:
     lr = max(group["lr"] for group in scheduler.optimizer.param_groups)
-    for i, loss in enumerate(losses):
-        log.scalars(first_step + update + i, loss=loss, lr=lr)
+    for step, loss in enumerate(losses, first_step + update):
+        more = {} if keep_rate_of is None else {"keep_rate": keep_rate_of(step)}
+        log.scalars(step, loss=loss, lr=lr, **more)
 
 
-def evaluate_both(model: nn.Module, ema: ModelEmaV3 | None, loader, precision: engine.Precision) -> dict[str, float]:
+def evaluate_both(
+    model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, precision: engine.Precision, keep_rate: float | None
+) -> dict[str, float]:
     """Evaluate the raw weights, then the average where there is one; keys as in log.txt."""
-    test = engine.evaluate(model, loader, precision)
+    test = engine.evaluate(model, loader, precision, keep_rate)
     print_accuracy(test)
     line = {f"test_{k}": test[k] for k in ("loss", "acc1", "acc5", "topk")}
     if ema is not None:
         average = ema.module
         if next(average.parameters()).device != precision.device:  # --model-ema-force-cpu
             average = copy.deepcopy(average).to(precision.device)
-        test = engine.evaluate(average, loader, precision)
+        test = engine.evaluate(average, loader, precision, keep_rate)
         print0(f"EMA: Acc@1 {test['acc1']:.3f} loss {test['loss']:.3f}")
         line |= {f"test_ema_{k}": test[k] for k in ("loss", "acc1", "acc5")}
     return line
-
-
-def print_accuracy(test: dict[str, float]) -> None:
-    print0(f"* Acc@1 {test['acc1']:.3f} Acc@{test['topk']} {test['acc5']:.3f} loss {test['loss']:.3f}")
-    print0(f"Accuracy of the network on the {test['count']} test images: {test['acc1']:.1f}%")
 
 
 def report_speed(
@@ -355,28 +376,6 @@ def report_speed(
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomic(folder / "speed_macs.txt", ("\n".join(lines) + "\n").encode())
-
-
-def close(args: argparse.Namespace, progress: Progress, seconds: float) -> None:
-    """Say how good it got, where that is, and how to see it again."""
-    print0(f"Trained for {timedelta(seconds=round(seconds))}")
-    if args.model_ema:
-        print0(f"Best EMA accuracy {progress.max_accuracy_ema:.2f}% (epoch {progress.best_epoch_ema})")
-    text = f"Best accuracy {progress.max_accuracy:.2f}% (epoch {progress.best_epoch})"
-    if not args.output_dir:
-        print0(f"{text}; nothing was saved: no --output_dir")
-        return
-    best = Path(args.output_dir) / "best_checkpoint.pth"
-    script = sys.argv[0] if Path(sys.argv[0]).name == "main.py" else "main.py"
-    command = ["python", script, "--eval", "--resume", str(best), "--model", args.model, "--data-set", args.data_set]
-    command += ["--data-path", args.data_path] if args.data_path else []
-    command += ["--use-lmdb"] if args.use_lmdb else []
-    command += ["--inat-category", args.inat_category] if args.data_set in ("INAT", "INAT19") else []
-    command += ["--input-size", *map(str, args.input_size)] if args.input_size else []
-    command += ["--nb-classes", str(args.nb_classes)] if args.nb_classes else []
-    command += ["--model-kwargs", *(f"{k}={v}" for k, v in args.model_kwargs.items())] if args.model_kwargs else []
-    command += ["--eval-crop-ratio", str(args.eval_crop_ratio)] if args.eval_crop_ratio != 0.875 else []
-    print0(f"{text}, in {best}; evaluate it with: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,11 @@
 #   cifar100                DHVT-T on CIFAR-100
 #   clipart infograph painting quickdraw real sketch    DHVT-T on one of DomainNet's sets
 #   imagenet                DHVT-T on ImageNet-1k
-#   finetune-clipart        DHVT-S from an ImageNet checkpoint to clipart (finetune.sh)
+#   evit                    EViT-S on ImageNet-1k, tokens fused, keep rate 0.7
+#   digits-evit             a small EViT on the digits that keeps all its tokens
+#   finetune-clipart        DHVT-S from an ImageNet checkpoint to clipart (finetune.sh, as all that follow)
+#   finetune-evit           EViT-S from DeiT-S's checkpoint
+#   finetune-digits-evit    what digits-evit trained, tokens fused, keep rate 0.7
 #
 # DATA=FOLDER holds the data, OUT=FOLDER takes the run (called again, it goes on where it stopped), CKPT=FILE is what
 # fine-tuning starts from. NGPU=N processes train, each with the recipe's batch; fewer than the recipe's add up more
@@ -45,6 +49,30 @@ clipart | infograph | painting | quickdraw | real | sketch)
     flags=("${common[@]}" --model dhvt_tiny_domain_patch16 --data-set "$recipe" --input-size 224 --batch-size 128
         --lr 1e-3 --epochs 300 --warmup-epochs 20)
     ;;
+digits-evit | finetune-digits-evit)
+    processes=1
+    flags=(--model deit_tiny_patch16_shrink_base --data-set DIGITS --input-size 28
+        --model-kwargs patch_size=4 embed_dim=64 num_heads=2 depth=6 --drop_loc 2,4 --batch-size 32 --unscale-lr
+        --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0 --drop-path 0 --model-ema-decay 0.98)
+    if [[ $recipe == digits-evit ]]; then
+        flags+=(--epochs 40 --lr 2e-3 --warmup-epochs 3 --base_keep_rate 1)
+    else
+        flags+=(--epochs 15 --lr 1e-3 --warmup-epochs 0 --fuse_token --base_keep_rate 0.7 --shrink_start_epoch 0
+            --shrink_epochs 5)
+    fi
+    ;;
+evit)
+    processes=8
+    flags=("${common[@]}" --model deit_small_patch16_shrink_base --data-set IMNET --input-size 224 --batch-size 256
+        --lr 5e-4 --epochs 300 --warmup-epochs 5 --fuse_token --base_keep_rate 0.7 --shrink_start_epoch 10
+        --shrink_epochs 100)
+    ;;
+finetune-evit)
+    processes=8
+    flags=("${common[@]}" --model deit_small_patch16_shrink_base --data-set IMNET --input-size 224 --batch-size 256
+        --lr 2e-5 --min-lr 2e-6 --weight-decay 1e-6 --epochs 30 --warmup-epochs 0 --fuse_token --base_keep_rate 0.7
+        --shrink_start_epoch 0 --shrink_epochs 0)
+    ;;
 imagenet)
     flags=("${common[@]}" --model dhvt_tiny_imagenet_patch16 --data-set IMNET --input-size 224 --batch-size 128
         --lr 5e-4 --epochs 300 --warmup-epochs 10)
@@ -52,14 +80,18 @@ imagenet)
 finetune-clipart)
     flags=("${common[@]}" --model dhvt_small_imagenet_patch16 --data-set clipart --input-size 224 --batch-size 128
         --lr 5e-4 --min-lr 1e-6 --weight-decay 1e-8 --epochs 100 --warmup-epochs 2 --no-repeated-aug)
+    ;;
+*)
+    stop "no recipe $recipe; they are digits, digits-evit, cifar100, imagenet, evit, clipart, infograph, painting, quickdraw, real, sketch, finetune-clipart, finetune-evit and finetune-digits-evit"
+    ;;
+esac
+
+if [[ $recipe == finetune-* ]]; then
     [[ -n ${CKPT:-} ]] || stop "$recipe needs the checkpoint to start from: CKPT=FILE bash finetune.sh …"
     [[ -f $CKPT || $CKPT == http*://* ]] || stop "CKPT=$CKPT: no such file"
     flags+=(--finetune "$CKPT")
-    ;;
-*) stop "no recipe $recipe; they are digits, cifar100, imagenet, clipart, infograph, painting, quickdraw, real, sketch and finetune-clipart" ;;
-esac
-
-if [[ $recipe != digits ]]; then
+fi
+if [[ $recipe != *digits* ]]; then
     [[ -n ${DATA:-} ]] || stop "$recipe needs its data: set DATA=FOLDER before the command"
     [[ -d $DATA ]] || stop "DATA=$DATA: no such folder"
     flags+=(--data-path "$DATA")

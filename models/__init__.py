@@ -1,5 +1,5 @@
 """Importing this package registers our models with timm."""
 
-from models import dhvt
+from models import dhvt, evit
 
-__all__ = ["dhvt"]
+__all__ = ["dhvt", "evit"]

@@ -131,13 +131,22 @@ class HeadInteractedAttention(Attention):
         t = F.gelu(self.ht_norm(t.reshape(B, h, h, d)))  # B, h, h, d
         return t.reshape(B, h, C) + self.pos_embed
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project the tokens and, after them, the head tokens: [B, N, C] -> q, k, v of [B, h, N+h, d]."""
+        x = torch.cat([x, self.head_tokens(x)], dim=1)  # B, N+h, C
+        qkv = self.qkv(x).reshape(x.shape[0], -1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def class_weights(self, x: Tensor) -> Tensor:
+        """Give what the class token gives each token, the head tokens last: [B, N, C] -> [B, h, N+h], rows of sum 1."""
+        q, k, _ = self.split(x)
+        return (q[:, :, :1] * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)[:, :, 0]
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _refuse_mask(attn_mask, is_causal)
         B, N, C = x.shape
-        x = torch.cat([x, self.head_tokens(x)], dim=1)  # B, N+h, C
-        qkv = self.qkv(x).reshape(B, -1, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # B, h, N+h, d
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.split(x)  # B, h, N+h, d
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:

@@ -171,6 +171,8 @@ TEACH = (
     "--distillation-type hard --teacher-model test_resnet --teacher-path teacher.pth --input-size 32 "
     "--model deit_tiny_distilled_patch16_224 --model-kwargs patch_size=8 embed_dim=48 depth=1 num_heads=2"
 )
+EVIT = "--model deit_tiny_patch16_shrink_base --model-kwargs patch_size=8 embed_dim=32 num_heads=2 --input-size 32"
+ATTENTION = "--visualize_attention --resume run/checkpoint.pth"
 EARLY = f"{TEACH} --data-set FOLDER --data-path nowhere"  # it is found before the data are looked for
 
 ROWS = {
@@ -229,6 +231,39 @@ ROWS = {
         "--model vit_tiny_patch16_224 --input-size 8 --model-kwargs", "8x8", "larger --input-size"
     ),
     "no dropout": Row("--model resnet18 --model-kwargs --drop 0.1", "resnet18", "leave out --drop"),
+    # token reorganisation and pictures
+    "keep rate": Row(f"{EVIT} --base_keep_rate 0", "--base_keep_rate 0", "above 0"),
+    "keep rate above one": Row(f"{EVIT} --base_keep_rate 1.5", "--base_keep_rate 1.5", "at most 1"),
+    "keep rate of DHVT": Row("--fuse_token", "--fuse_token", "deit_small_patch16_shrink_base"),
+    "blocks": Row(f"{EVIT} --drop_loc 3,x", "--drop_loc 3,x", "such as 3,6,9"),
+    "block beyond": Row(f"{EVIT} --drop_loc 3,12", "(3, 12)", "from 0 to 11"),
+    "keep rate twice": Row("--model-kwargs base_keep_rate=0.5", "base_keep_rate=0.5", "give --base_keep_rate"),
+    "shrink before the start": Row(f"{EVIT} --shrink_start_epoch -1", "--shrink_start_epoch -1", "0 or more"),
+    "pictures of what": Row("--visualize_attention", "--visualize_attention", "--resume FILE"),
+    "both pictures": Row(f"{EVIT} {ATTENTION} --visualize_mask", "--visualize_attention", "one at a time"),
+    "pictures and accuracy": Row(f"{ATTENTION} --eval", "--eval", "one at a time"),
+    "no pictures": Row(f"{ATTENTION} --n_visualization 0", "--n_visualization 0", "at least 1"),
+    "images without pictures": Row("--image-dir data", "--image-dir", "--visualize_mask"),
+    "no such images": Row(f"{ATTENTION} --image-dir nowhere", "--image-dir nowhere", "no such folder", out=""),
+    "no images to show": Row(
+        f"{ATTENTION} --image-dir data/train/bee",
+        "--image-dir data/train/bee",
+        ".jpg",
+        lambda: only_text("data/train/bee"),
+    ),
+    "cut image to show": Row(f"{ATTENTION} --image-dir data/train", "data/train/", "mend or remove it", cut_train),
+    "pictures into a file": Row(
+        f"{ATTENTION} --output_dir data", "visualization", "written", lambda: Path("data/visualization").touch()
+    ),
+    "mask of DHVT": Row(
+        "--visualize_mask --resume run/checkpoint.pth", "--visualize_mask", "deit_small_patch16_shrink_base"
+    ),
+    "attention of a convolution": Row(
+        f"{ATTENTION} --model test_resnet --model-kwargs --resume byob.pth",
+        "test_resnet",
+        "DeiT",
+        lambda: torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), "byob.pth"),
+    ),
     # the output folder
     "out is a file": Row("--output_dir data/note", "data/note", "name a folder", lambda: Path("data/note").touch()),
     "out below a file": Row("--output_dir data/note/out", "data/note", "another", lambda: Path("data/note").touch()),

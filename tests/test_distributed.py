@@ -23,12 +23,12 @@ TINY = "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_h
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def start(command: list[str], **env: str) -> subprocess.Popen:
+def start(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.Popen:
     """Start a command in a session of its own, so that all of its processes can be ended together."""
     clean = {k: v for k, v in os.environ.items() if k not in LAUNCHERS and not k.startswith("SLURM_")}
     clean |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | env
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=clean, start_new_session=True, **pipes)
+    return subprocess.Popen(command, text=True, env=clean, cwd=cwd, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen, seconds: float = 150) -> tuple[int, str, str]:
@@ -40,9 +40,9 @@ def finish(process: subprocess.Popen, seconds: float = 150) -> tuple[int, str, s
     return process.returncode, out, err
 
 
-def torchrun(count: int, *flags: str, script: Path = ROOT / "main.py") -> tuple[int, str, str]:
+def torchrun(count: int, *flags: str, script: Path = ROOT / "main.py", cwd: Path | None = None) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", str(script)]
-    return finish(start([*command, *flags]))
+    return finish(start([*command, *flags], cwd))
 
 
 def accuracies(text: str) -> list[tuple[float, float]]:

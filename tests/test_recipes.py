@@ -26,7 +26,11 @@ PUBLISHED = {
     },
     "imagenet": ("dhvt_tiny_imagenet_patch16", "IMNET", 224, 128, 2, 5e-4, 300, 10),
     "finetune-clipart": ("dhvt_small_imagenet_patch16", "clipart", 224, 128, 2, 5e-4, 100, 2),
+    "evit": ("deit_small_patch16_shrink_base", "IMNET", 224, 256, 8, 5e-4, 300, 5),
+    "finetune-evit": ("deit_small_patch16_shrink_base", "IMNET", 224, 256, 8, 2e-5, 30, 0),
 }
+TUNED = {"finetune-clipart": (1e-8, 1e-6), "finetune-evit": (1e-6, 2e-6)}  # weight decay, least rate
+SHRINKING = {"evit": (0.7, True, 10, 100), "finetune-evit": (0.7, True, 0, 0)}  # keep rate, fused, from, over
 
 
 @pytest.fixture
@@ -46,16 +50,16 @@ def call(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
-@pytest.mark.parametrize("ngpu", [1, 2])
+@pytest.mark.parametrize("ngpu", [1, 2, 8])
 def test_published_recipes_say_what_was_published(call, tmp_path, recipe, ngpu):
     (tmp_path / "c.pth").touch()
+    ngpu = min(ngpu, PUBLISHED[recipe][4])
     env = {"DATA": str(tmp_path), "CKPT": str(tmp_path / "c.pth"), "NGPU": str(ngpu)}
     status, words, error = call("run_code.sh", recipe, "--seed", "5", **env)
     assert status == 0, error
     launch = words[: words.index(next(w for w in words if w.endswith("main.py")))]
-    assert [Path(launch[0]).name, *launch[1:]] == [["python"], ["torchrun", "--standalone", "--nproc_per_node=2"]][
-        ngpu - 1
-    ]
+    several = ["torchrun", "--standalone", f"--nproc_per_node={ngpu}"]
+    assert [Path(launch[0]).name, *launch[1:]] == (["python"] if ngpu == 1 else several)
     args = options.parse(words[len(launch) + 1 :])
     model, data, pixels, batch, processes, lr, epochs, warmup = PUBLISHED[recipe]
     assert (args.model, args.data_set, args.input_size, args.batch_size) == (model, data, [pixels], batch)
@@ -63,9 +67,11 @@ def test_published_recipes_say_what_was_published(call, tmp_path, recipe, ngpu):
     assert ngpu * args.accum_steps == processes
     assert (args.opt, args.dist_eval, args.seed, args.resume) == ("adamw", True, 5, "auto")
     assert args.output_dir == f"output/{recipe}" and args.data_path == str(tmp_path)
-    tuned = recipe == "finetune-clipart"
-    assert (args.weight_decay, args.min_lr) == ((1e-8, 1e-6) if tuned else (0.05, 1e-5))
-    assert args.repeated_aug is not tuned and args.finetune == (str(tmp_path / "c.pth") if tuned else "")
+    assert (args.weight_decay, args.min_lr) == TUNED.get(recipe, (0.05, 1e-5))
+    assert args.repeated_aug is (recipe != "finetune-clipart")
+    assert args.finetune == (str(tmp_path / "c.pth") if recipe in TUNED else "")
+    shrinking = args.base_keep_rate, args.fuse_token, args.shrink_start_epoch, args.shrink_epochs
+    assert shrinking == SHRINKING.get(recipe, (0.7, False, 10, 0))
     defaults = options.parse(["--data-set", "DIGITS"])
     for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path", "model_ema", "sched", "warmup_lr"):
         assert getattr(args, name) == getattr(defaults, name), name
@@ -139,23 +145,25 @@ def small_data(tree, tmp_path_factory) -> Path:
         batch = {"data": rng.integers(0, 256, (16, 3072), dtype=np.uint8), "fine_labels": list(range(16))}
         write_batch(folder / "cifar100" / "cifar-100-python", split, batch)
     write_batch(folder / "cifar100" / "cifar-100-python", "meta", {"fine_label_names": [str(i) for i in range(100)]})
-    for name in ("clipart", "imagenet"):
+    for name in ("clipart", "imagenet", "evit"):
         shutil.copytree(tree(count=8, side=48), folder / name)
-    model = timm.create_model("dhvt_small_imagenet_patch16", depth=1)
-    torch.save({"model": model.state_dict()}, folder / "small.pth")
+    for name, file in (("dhvt_small_imagenet_patch16", "small.pth"), ("deit_small_patch16_224", "deit.pth")):
+        torch.save({"model": timm.create_model(name, depth=1).state_dict()}, folder / file)
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["cifar100", "clipart", "imagenet", "finetune-clipart"])
+@pytest.mark.parametrize("recipe", ["cifar100", "clipart", "imagenet", "finetune-clipart", "evit", "finetune-evit"])
 def test_published_recipes_train_an_epoch_in_two_processes(recipe, small_data, tmp_path):
     env = {"DATA": str(small_data / recipe.removeprefix("finetune-")), "OUT": str(tmp_path / "out"), "NGPU": "2"}
-    env |= {"CKPT": str(small_data / "small.pth"), "PYTHONPATH": str(small_data)}
+    env |= {"CKPT": str(small_data / ("deit.pth" if "evit" in recipe else "small.pth")), "PYTHONPATH": str(small_data)}
     env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     short = "--epochs 1 --batch-size 4 --model-kwargs depth=1 --device cpu --num_workers 0 --print-freq 1"
+    short += " --drop_loc 0 --shrink_start_epoch 0" if "evit" in recipe else ""
     status, out, err = finish(start(["bash", str(ROOT / "run_code.sh"), recipe, *short.split()], **env))
     assert status == 0, err
     classes = 100 if recipe == "cifar100" else 2
-    assert "effective batch 8 = 4 a process x 2 process(es) x 1 accumulated" in out
+    accumulated = 4 if "evit" in recipe else 1
+    assert f"effective batch {8 * accumulated} = 4 a process x 2 process(es) x {accumulated} accumulated" in out
     saved = torch.load(tmp_path / "out" / "checkpoint.pth")
     assert saved["epoch"] == 0 and len(saved["classes"]) == len(saved["model"]["head.weight"]) == classes
     if recipe.startswith("finetune"):

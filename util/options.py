@@ -1,21 +1,17 @@
-"""The command line: flags, defaults, and the checks that need nothing but the flags."""
+"""The command line: flags and defaults."""
 
 import argparse
 import ast
 import difflib
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-import timm
-
+from util.checks import FOLDERS, SCHEDULES, check, find_pictures
 from util.errors import InputError
 
-DOMAIN_NET = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
-FOLDERS = ("FOLDER", "IMNET", *DOMAIN_NET)  # train/CLASS/ and val/CLASS/, or LMDB
 DATA_SETS = ("DIGITS", *FOLDERS, "CIFAR", "CIFAR-10", "INAT", "INAT19")
 RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 NO_EFFECT = {
     "resplit": "as in the published scripts",
     "dist_eval": "evaluation is always sharded, and exact",
@@ -26,7 +22,6 @@ NO_EFFECT = {
     "patience_epochs": "the plateau schedule is not offered",
 }
 
-REORGANISING = "base_keep_rate fuse_token drop_loc shrink_start_epoch shrink_epochs visualize_mask n_visualization"
 TEACHING = ("teacher_model", "teacher_path", "distillation_alpha", "distillation_tau")
 
 
@@ -49,20 +44,23 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message + (hint if unknown else ""))
 
 
-class KeyValues(argparse.Action):
-    """`key=value …`, each value read as a Python literal where it is one."""
+def read_pairs(words: Sequence[str], source: str) -> dict[str, Any]:
+    """Read `key=value` words, each value as a Python literal where it is one; errors name `source`."""
+    pairs = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"{source} takes key=value, not {word!r}")
+        try:
+            pairs[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pairs[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    return pairs
 
+
+class KeyValues(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        pairs = {}
-        for word in values:
-            key, equals, value = word.partition("=")
-            if not equals or not key.isidentifier():
-                raise InputError(f"{option_string} takes key=value, not {word!r}")
-            try:
-                pairs[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                pairs[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-        setattr(namespace, self.dest, pairs)
+        setattr(namespace, self.dest, read_pairs(values, option_string))
 
 
 def _switch(group, name: str, default: bool, text: str) -> None:
@@ -79,7 +77,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     groups = (_add_run, _add_model, _add_finetuning, _add_optimization, _add_augmentation, _add_data)
-    for add in (*groups, _add_distillation, _add_reorganisation, _add_distribution):
+    for add in (*groups, _add_distillation, _add_reorganisation, _add_pictures, _add_distribution):
         add(parser)
     return parser
 
@@ -198,14 +196,20 @@ def _add_distillation(parser: Parser) -> None:
 
 
 def _add_reorganisation(parser: Parser) -> None:
-    add = parser.add_argument_group("token reorganisation, for models that have keep rates").add_argument
-    add("--base_keep_rate", type=float, default=0.7)
-    add("--fuse_token", action="store_true")
-    add("--drop_loc", default="(3, 6, 9)")
-    add("--shrink_start_epoch", type=int, default=10)
-    add("--shrink_epochs", type=int, default=0)
-    add("--visualize_mask", action="store_true")
-    add("--n_visualization", type=int, default=128)
+    add = parser.add_argument_group("token reorganisation (EViT), for models that have keep rates").add_argument
+    add("--base_keep_rate", type=float, default=0.7, help="share of the tokens that a block of --drop_loc keeps")
+    add("--fuse_token", action="store_true", help="fuse the other tokens into one, instead of dropping them")
+    add("--drop_loc", default="(3, 6, 9)", help="blocks that reorganise tokens, counted from 0")
+    add("--shrink_start_epoch", type=int, default=10, help="all tokens are kept before it")
+    add("--shrink_epochs", type=int, default=0, help="epochs in which the keep rate falls to --base_keep_rate")
+
+
+def _add_pictures(parser: Parser) -> None:
+    add = parser.add_argument_group("pictures of what a --resume checkpoint looks at, then stop").add_argument
+    add("--visualize_mask", action="store_true", help="which patches are kept, of models that reorganise tokens")
+    add("--visualize_attention", action="store_true", help="the class token's attention, of DHVT, DeiT and other ViTs")
+    add("--n_visualization", type=int, default=128, help="images, evenly from the validation set or --image-dir")
+    add("--image-dir", default=None, metavar="FOLDER", help="images without labels, in place of --data-path")
 
 
 def _add_distribution(parser: Parser) -> None:
@@ -215,132 +219,6 @@ def _add_distribution(parser: Parser) -> None:
     add("--world_size", type=int, default=1)
     add("--dist_url", default="env://")
     add("--local_rank", type=int, default=0)
-
-
-Rule = tuple[str, Callable[[float], bool], str]
-
-RULES: tuple[Rule, ...] = (
-    ("batch_size", lambda v: v >= 1, "at least 1"),
-    ("epochs", lambda v: v >= 1, "at least 1"),
-    ("accum_steps", lambda v: v >= 1, "at least 1"),
-    ("start_epoch", lambda v: v >= 0, "0 or more"),
-    ("keep_checkpoints", lambda v: v >= 1, "at least 1"),
-    ("eval_freq", lambda v: v >= 1, "at least 1"),
-    ("print_freq", lambda v: v >= 1, "at least 1"),
-    ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
-    ("nb_classes", lambda v: v >= 1, "at least 1"),
-    ("drop", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("drop_path", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("model_ema_decay", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ("opt_eps", lambda v: v >= 0, "0 or more"),
-    ("momentum", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("weight_decay", lambda v: v >= 0, "0 or more"),
-    ("clip_grad", lambda v: v > 0, "above 0"),
-    ("lr", lambda v: v > 0, "above 0"),
-    ("warmup_lr", lambda v: v >= 0, "0 or more"),
-    ("min_lr", lambda v: v >= 0, "0 or more"),
-    ("decay_epochs", lambda v: v > 0, "above 0"),
-    ("warmup_epochs", lambda v: v >= 0, "0 or more"),
-    ("decay_rate", lambda v: v > 0, "above 0"),
-    ("color_jitter", lambda v: v >= 0, "0 or more"),
-    ("smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("reprob", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ("recount", lambda v: v >= 1, "at least 1"),
-    ("mixup", lambda v: v >= 0, "0 or more"),
-    ("cutmix", lambda v: v >= 0, "0 or more"),
-    ("mixup_prob", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ("mixup_switch_prob", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ("eval_crop_ratio", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("num_workers", lambda v: v >= 0, "0 or more"),
-    ("layer_decay", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("distillation_alpha", lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ("distillation_tau", lambda v: v > 0, "above 0"),
-)
-
-
-def mixup_active(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse values that cannot work, naming flag, value and what is allowed."""
-    flags = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings and a.const is not False}
-    for dest, allowed, text in RULES:
-        value = getattr(args, dest)
-        if value is not None and not (math.isfinite(value) and allowed(value)):
-            raise InputError(f"{flags[dest]} {value if isinstance(value, int) else f'{value:g}'} must be {text}")
-    if args.sched not in SCHEDULES:
-        extra = " (it depends on the accuracy, so it cannot be resumed)" if args.sched == "plateau" else ""
-        raise InputError(f"--sched {args.sched} is not offered{extra}: choose from {', '.join(SCHEDULES)}")
-    if args.input_size is not None and (len(args.input_size) > 2 or min(args.input_size) < 1):
-        raise InputError(f"--input-size {' '.join(map(str, args.input_size))} must be one number or height and width")
-    betas = 3 if "adan" in args.opt.lower() else 2
-    if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and all(0 <= v <= 1 for v in args.lr_noise)):
-        given = " ".join(map(str, args.lr_noise))
-        raise InputError(f"--lr-noise {given} must be one or two fractions of the epochs, from 0 to 1")
-    if args.opt_betas is not None and not (len(args.opt_betas) == betas and all(0 <= b < 1 for b in args.opt_betas)):
-        given = " ".join(map(str, args.opt_betas))
-        raise InputError(f"--opt-betas {given} must be {betas} numbers for --opt {args.opt}, at least 0 and below 1")
-    if args.cutmix_minmax is not None and not (
-        len(args.cutmix_minmax) == 2 and 0 <= args.cutmix_minmax[0] < args.cutmix_minmax[1] <= 1
-    ):
-        raise InputError(f"--cutmix-minmax {' '.join(map(str, args.cutmix_minmax))} must be two numbers from 0 to 1")
-    _check_together(args)
-
-
-def _check_together(args: argparse.Namespace) -> None:
-    if not (args.eval or args.only_test_speed):
-        _check_training(args)
-    _check_reorganisation(args)
-    for name, flag in (("img_size", "--input-size"), ("num_classes", "--nb-classes")):
-        if name in args.model_kwargs:
-            raise InputError(f"--model-kwargs {name}={args.model_kwargs[name]}: give {flag}, which the data follow too")
-    if args.eval and not args.resume and not args.model_kwargs.get("pretrained"):
-        raise InputError("--eval needs the checkpoint to evaluate: add --resume FILE")
-    if args.use_ema and not (args.eval or args.finetune):
-        raise InputError("--use-ema is for --eval and --finetune: add one of them, or leave it out")
-    if args.resume == "auto" and not args.output_dir:
-        raise InputError("--resume auto looks in --output_dir: give one")
-    if args.use_lmdb and args.data_set not in FOLDERS:
-        raise InputError(
-            f"--use-lmdb is for data sets in folders, and --data-set {args.data_set} is none: leave it out"
-        )
-    if args.data_set != "DIGITS" and not args.data_path and not args.only_test_speed:
-        layout = ", with train/CLASS/ and val/CLASS/ in it" if args.data_set in FOLDERS else ""
-        raise InputError(f"--data-set {args.data_set} needs --data-path FOLDER{layout}")
-
-
-def _check_reorganisation(args: argparse.Namespace) -> None:
-    able = timm.list_models("*_shrink_base")
-    for action in build_parser()._actions if args.model not in able else ():
-        if action.dest in REORGANISING.split() and getattr(args, action.dest) != action.default:
-            raise InputError(
-                f"{action.option_strings[0]} is for models that reorganise tokens, and --model {args.model} does not: "
-                f"{'take ' + ', '.join(able) if able else 'leave it out, no model here does yet'}"
-            )
-
-
-def _check_training(args: argparse.Namespace) -> None:
-    if mixup_active(args) and args.batch_size % 2:
-        raise InputError(f"--batch-size {args.batch_size} must be even for mixup and cutmix (or --mixup 0 --cutmix 0)")
-    if mixup_active(args) and args.bce_loss and args.smoothing:
-        raise InputError(
-            f"--bce-loss makes every target above 0 a 1, which --smoothing {args.smoothing:g} makes all of them: "
-            "add --smoothing 0"
-        )
-    if args.distillation_type != "none" and not args.teacher_path:
-        raise InputError(
-            f"--distillation-type {args.distillation_type} needs a teacher's weights: add --teacher-path FILE"
-        )
-    if args.distillation_type != "none" and not args.train_mode:
-        raise InputError(
-            f"--no-train-mode averages the two heads, which --distillation-type {args.distillation_type} trains "
-            "apart: leave it out"
-        )
-    if args.freeze != "head" and args.freeze and not args.freeze.isdecimal():
-        raise InputError(f"--freeze {args.freeze} must be head or a number of blocks to train")
-    if not args.resume and args.start_epoch >= args.epochs:
-        raise InputError(f"--start_epoch {args.start_epoch} leaves nothing to do of --epochs {args.epochs}: lower it")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -359,6 +237,8 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         lines.append("--color-jitter has no effect while --aa is on")
     if args.src and not args.ThreeAugment:
         lines.append("--src has no effect without --ThreeAugment")
+    if args.n_visualization != 128 and not find_pictures(args):
+        lines.append("--n_visualization has no effect without --visualize_mask or --visualize_attention")
     for a in (a for a in build_parser()._actions if a.dest in ("aa", "reprob", "remode", "recount")):
         if args.ThreeAugment and getattr(args, a.dest) != a.default:
             lines.append(f"{a.option_strings[0]} has no effect: --ThreeAugment takes its place")

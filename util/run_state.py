@@ -13,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from util import checkpoint, distributed
+from util import checkpoint, checks, distributed
 from util.distributed import print0
 from util.errors import InputError
 
@@ -25,17 +25,25 @@ SILENT = {"resume", "output_dir", "device", "eval", "num_workers", "print_freq"}
 
 @dataclass
 class Progress:
-    """How far a run is: the last finished epoch, from 0, and the best accuracies (percent) so far."""
+    """How far a run is: the last finished epoch, from 0, and the best accuracies (percent) so far.
+
+    A model that reorganises tokens is best at the lowest keep rate that it was evaluated at: its accuracies with more
+    tokens are those of a slower model.
+    """
 
     epoch: int = -1
     max_accuracy: float = 0.0
     max_accuracy_ema: float = 0.0
     best_epoch: int | None = None  # by the raw weights, as best_checkpoint.pth
     best_epoch_ema: int | None = None
+    best_keep_rate: float | None = None
 
-    def record(self, epoch: int, test: dict[str, float]) -> bool:
+    def record(self, epoch: int, test: dict[str, float], keep_rate: float | None = None) -> bool:
         """Note an epoch and its evaluation, if there was one; tell whether it is the best so far."""
         self.epoch = epoch
+        if test and keep_rate is not None and (self.best_keep_rate is None or keep_rate < self.best_keep_rate):
+            self.best_epoch = self.best_epoch_ema = None
+            self.best_keep_rate = keep_rate
         best = "test_acc1" in test and (self.best_epoch is None or test["test_acc1"] > self.max_accuracy)
         if best:
             self.max_accuracy, self.best_epoch = test["test_acc1"], epoch
@@ -137,7 +145,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--output_dir {folder}: {parent} cannot be written; name another folder")
-    if args.eval:
+    if args.eval or checks.find_pictures(args):
         return
     if folder.exists():
         lock(folder)
@@ -156,8 +164,8 @@ def load_resumed(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             raise InputError(
                 f"--resume auto: none of the {found} checkpoints in {args.output_dir} can be read; name another folder"
             )
-        if not source and args.eval:
-            raise InputError(f"--resume auto: no checkpoint in {args.output_dir} to evaluate; name another folder")
+        if not source and (args.eval or checks.find_pictures(args)):
+            raise InputError(f"--resume auto: no checkpoint in {args.output_dir} to read; name another folder")
         print0(f"--resume auto: {source or f'no checkpoint in {args.output_dir}, starting afresh'}")
     return (checkpoint.load(source), source) if source else ({}, "")
 

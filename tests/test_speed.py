@@ -1,0 +1,68 @@
+"""Measuring speed: interleaved ratios, and the command over them."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+import speed_test
+
+PRECISION = engine.Precision(torch.device("cpu"))
+TINY = "patch_size=16,embed_dim=32,depth=2,num_heads=2"
+
+
+class Slow(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.calls: list[str] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        self.calls.append(self.seconds)
+        return x.mean(dim=(1, 2, 3))
+
+
+def test_a_model_is_compared_with_its_baseline_in_turns():
+    fast, slow = Slow(0.005), Slow(0.02)
+    fast.calls = slow.calls
+    found = engine.compare(fast, slow, (8, 8), 2, PRECISION, pairs=5)
+    assert 2.5 < found["ratio"] < 4.5 and found["ratio_q1"] <= found["ratio"] <= found["ratio_q3"]
+    assert fast.calls[4:] == [0.005, 0.02] * 5  # the first four warm up
+    assert found["images_per_s"] == pytest.approx(found["ratio"] * found["baseline_images_per_s"], rel=0.3)
+
+
+def test_models_are_found_by_name_pattern_and_arguments():
+    found = speed_test.find_models(
+        ["dhvt_tiny_cifar*", "deit_tiny_patch16_shrink_base:base_keep_rate=0.5,fuse_token=true"]
+    )
+    assert [name for name, _ in found[:2]] == ["dhvt_tiny_cifar_patch2", "dhvt_tiny_cifar_patch4"]
+    assert found[2] == ("deit_tiny_patch16_shrink_base", {"base_keep_rate": 0.5, "fuse_token": True})
+
+
+def test_a_model_that_fails_is_a_row(capsys):
+    good = f"deit_tiny_patch16_224:{TINY}"
+    words = [good.replace("num_heads=2", "num_heads=5"), good, "--baseline", good, "--batch-size", "2", "--pairs", "3"]
+    words += ["--device", "cpu", "--input-size", "32"]
+    assert speed_test.main(words) == 0
+    _, failed, row = capsys.readouterr().out.splitlines()
+    assert "num_heads=5" in failed and ": failed (" in failed and "divisible" in failed
+    assert "ratio " in row and "quartiles" in row and "GMACs at 32x32" in row
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "remedy"),
+    [
+        ("nosuchmodel", "nosuchmodel", "timm.list_models()"),
+        ("nosuch*", "nosuch*", "timm.list_models()"),
+        ("resnet18:depth", "resnet18:depth", "key=value"),
+        ("resnet18 --batch-size 0", "--batch-size 0", "at least 1"),
+        ("resnet18 --basline x", "--basline", "did you mean --baseline?"),
+    ],
+)
+def test_what_can_be_mended_is_one_line(words, value, remedy, capsys):
+    assert speed_test.main([*words.split(), "--device", "cpu"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("speed_test.py: error: ") and line.count("\n") == 1 and value in line and remedy in line
