@@ -111,7 +111,10 @@ def load_evaluated(
     if saved and not saved.get(key):
         raise InputError(f"{source}: no {key} in it; leave out --use-ema")
     if saved:
-        checkpoint.load_weights(model, saved[key], source, f"{key} weights")
+        weights = checkpoint.strip_prefixes(saved[key])
+        if finetune.resample_pos_embed(model, weights, saved):
+            print0(f"{source}: its position embedding is resampled for {size[0]}x{size[1]} pixels")
+        checkpoint.load_weights(model, weights, source, f"{key} weights")
     return model
 
 

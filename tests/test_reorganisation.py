@@ -133,6 +133,22 @@ def test_keep_rate_one_is_the_plain_transformer(run, capsys):
     assert found[0] == found[1]
 
 
+def test_a_checkpoint_is_evaluated_at_another_size(run, capsys):
+    """The position embedding is resampled as EViT does by itself for images of another size."""
+    folder, _ = run
+    flags = [*EVIT.split(), "--input-size", "40", "24", "--eval", "--resume", str(folder / "checkpoint.pth")]
+    capsys.readouterr()
+    assert main.main(flags) == 0
+    out = capsys.readouterr().out
+    args = main.options.parse(flags)
+    model = main.build_model(args, 10, (32, 32))
+    model.load_state_dict(torch.load(folder / "checkpoint.pth")["model"])
+    loader = main.datasets.build_val_loader(args, main.datasets.build_val_dataset(args, (40, 24), None))
+    found = engine.evaluate(model, loader, engine.Precision(torch.device("cpu")))
+    assert f"* Acc@1 {found['acc1']:.3f} Acc@5 {found['acc5']:.3f} loss {found['loss']:.3f}" in out
+    assert "resampled for 40x24 pixels" in out
+
+
 def test_fine_tuning_starts_from_deits_weights_at_the_base_rate(tmp_path, capsys):
     deit = timm.create_model("deit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=3, num_heads=2, img_size=48)
     torch.save({"model": deit.state_dict()}, tmp_path / "deit.pth")

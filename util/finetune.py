@@ -46,7 +46,7 @@ def load(
     own = model.state_dict()
     said: dict[str, list[str]] = {}
     said["re-initialised"] = _drop_other_heads(model, own, theirs)
-    said["resampled"] = _resample_pos_embed(model, theirs, _find_grid(model, saved))
+    said["resampled"] = resample_pos_embed(model, theirs, saved)
     said["adapted"] = _adapt_channels(model, theirs)
     if adapt is not None:
         theirs |= adapt({k: v for k, v in theirs.items() if k in own and v.ndim == own[k].ndim}, model)
@@ -118,13 +118,13 @@ def _find_grid(model: nn.Module, saved: dict[str, Any]) -> tuple[int, int] | Non
     return height, width
 
 
-def _resample_pos_embed(model: nn.Module, theirs: Weights, known: tuple[int, int] | None) -> list[str]:
+def resample_pos_embed(model: nn.Module, theirs: Weights, saved: dict[str, Any]) -> list[str]:
     """Bring a ViT's `pos_embed`, [1, prefix + H * W, C], to the model's grid; return its name if it was changed.
 
     Bicubic without antialiasing, as DeiT was fine-tuned. The prefix (class and distillation tokens) is untouched; of
     a token that the checkpoint lacks, the model's own embedding stays.
     """
-    own, given = getattr(model, "pos_embed", None), theirs.get("pos_embed")
+    own, given, known = getattr(model, "pos_embed", None), theirs.get("pos_embed"), _find_grid(model, saved)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if not isinstance(own, Tensor) or given is None or grid is None:
         return []
