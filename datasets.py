@@ -1,29 +1,30 @@
 """Data sets, transforms and loaders. Which images a run sees depends on seed, epoch and position alone."""
 
 import argparse
-import io
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from folder2lmdb import ImageDatabase
 from util import distributed, inat
 from util.checks import FOLDERS
 from util.cifar import KINDS as CIFARS
 from util.cifar import open_cifar
+from util.class_folders import empty_class, find_classes, some
 from util.errors import InputError
-from util.published_lmdb import PublishedLMDB
+from util.images import EncodedImage, load_rgb, read_file
 from util.sampling import EpochSampler, Seeded
+from util.transforms import FastTransform, Part, normalise
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
@@ -44,6 +45,7 @@ class Digits(Dataset):
         self.images = [
             Image.fromarray(g).convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC) for g in grey
         ]
+        self.data = np.stack([np.asarray(image) for image in self.images])  # N, height, width, 3
         self.targets = targets.tolist()
         self.transform = transform
 
@@ -51,20 +53,17 @@ class Digits(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = self.images[index]
+        image = self.data[index] if getattr(self.transform, "takes_encoded", False) else self.images[index]
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
-def _load_image(source: str | io.BytesIO, name: str | None = None) -> Image.Image:
-    path = name or source
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # palette images with transparency become plain RGB
-            return Image.open(source).convert("RGB") if name else default_loader(source)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image, though it is listed; put it back") from None
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0]}); mend or remove it") from None
+def _sample(path: str, transform, data: bytes | None = None) -> torch.Tensor:
+    """Give what `transform` makes of an image file, or of the `data` found under that name; without one, RGB."""
+    data = read_file(path) if data is None else data
+    if getattr(transform, "takes_encoded", False):
+        return transform(EncodedImage(data, path))
+    image = load_rgb(data, path)
+    return image if transform is None else transform(image)
 
 
 class ClassFolders(ImageFolder):
@@ -77,59 +76,66 @@ class ClassFolders(ImageFolder):
     def __init__(self, root: Path, transform=None, class_to_idx: dict[str, int] | None = None) -> None:
         self._map = class_to_idx
         try:
-            super().__init__(str(root), transform, loader=_load_image, allow_empty=True)
+            super().__init__(str(root), transform, allow_empty=True)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise InputError(f"{root}: {str(error).splitlines()[0]}") from None
         counts = np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes))
         for name, count in zip(self.classes, counts, strict=True):
             if not count and (Path(root) / name).is_dir():
-                raise InputError(
-                    f"{root / name}: no images in this class folder (looked for {', '.join(IMG_EXTENSIONS)}); "
-                    "fill or remove it"
-                )
+                raise empty_class(Path(root) / name)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return find_classes(Path(directory), self._map)
 
-
-def find_classes(root: Path, class_map: dict[str, int] | None = None) -> tuple[list[str], dict[str, int]]:
-    """Number the class folders of `root` in the order of their names, or check them against `class_map`."""
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; --data-path takes the folder that holds train/ and val/")
-    found = sorted(e.name for e in os.scandir(root) if e.is_dir())
-    if not found:
-        raise InputError(f"{root}: no class folders in it; images belong into {root.name}/CLASS/")
-    if class_map is None:
-        return found, {name: i for i, name in enumerate(found)}
-    unknown = [name for name in found if name not in class_map]
-    if unknown:
-        known = ", ".join([*list(class_map)[:5], *(["…"] if len(class_map) > 5 else [])])
-        raise InputError(
-            f"{root / unknown[0]}: not among the {len(class_map)} training classes ({known}); rename or remove it"
-        )
-    return list(class_map), dict(class_map)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, target = self.samples[index]
+        return _sample(path, self.transform), target
 
 
 class DatabaseImages(Dataset):
-    """Images of an LMDB that the published folder2lmdb.py wrote; its classes have numbers for names.
+    """Images of an LMDB that folder2lmdb.py wrote, or the published one, whose classes have numbers for names.
 
-    `class_to_idx`, the training set's, must cover the labels.
+    `class_to_idx`, the training set's, must cover the classes of the images; `targets` and `files` are None in a
+    published database.
     """
 
     def __init__(self, path: Path, transform=None, class_to_idx: dict[str, int] | None = None) -> None:
-        self.records, self.transform = PublishedLMDB(path), transform
-        known = self.records.num_classes if class_to_idx is None else len(class_to_idx)
-        if self.records.num_classes > known:
-            raise InputError(f"{path}: label {self.records.num_classes - 1} is not among the {known} training classes")
-        self.classes = [str(i) for i in range(known)] if class_to_idx is None else list(class_to_idx)
+        self.records, self.transform = ImageDatabase(path), transform
+        self.classes = own = self.records.classes
+        self.lookup = None
+        if class_to_idx is None or own == list(class_to_idx):
+            return
+        self.classes = list(class_to_idx)
+        numbered = self.classes == [str(i) for i in range(len(self.classes))]
+        if self.records.named and numbered and len(self.classes) > 10:  # sorted as names, 10 comes before 2
+            raise InputError(f"{path}: has names of classes, and the training classes numbers; build both from folders")
+        known = f"the {len(self.classes)} training classes ({some(self.classes)})"
+        if not self.records.named:
+            if len(own) > len(self.classes):
+                raise InputError(f"{path}: label {len(own) - 1} is not among {known}; build both from one folder")
+            return
+        counts = np.bincount(self.records.labels, minlength=len(own))
+        unknown = [name for name, count in zip(own, counts, strict=True) if count and name not in class_to_idx]
+        if unknown:
+            raise InputError(f"{path}: class {unknown[0]} is not among {known}; build both from one folder")
+        self.lookup = np.array([class_to_idx.get(name, -1) for name in own])
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        labels = self.records.labels
+        return labels if self.lookup is None else self.lookup[labels]
+
+    @property
+    def files(self) -> Sequence[str] | None:
+        return self.records.paths
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         data, label = self.records[index]
-        image = _load_image(io.BytesIO(data), f"{self.records.path}, image {index}")
-        return (image if self.transform is None else self.transform(image)), label
+        label = label if self.lookup is None else int(self.lookup[label])
+        return _sample(f"{self.records.path}, {self.records.name(index)}", self.transform, data), label
 
 
 class ListedImages(Dataset):
@@ -145,8 +151,7 @@ class ListedImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = _load_image(os.path.join(self.root, self.files[index]))
-        return (image if self.transform is None else self.transform(image)), self.targets[index]
+        return _sample(os.path.join(self.root, self.files[index]), self.transform), self.targets[index]
 
 
 class UnlabelledImages(Dataset):
@@ -165,17 +170,20 @@ class UnlabelledImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, None]:
-        image = _load_image(str(self.files[index]))
-        return (image if self.transform is None else self.transform(image)), None
+        return _sample(str(self.files[index]), self.transform), None
 
 
 def spread(dataset: Dataset, count: int) -> Iterator[tuple[torch.Tensor, str | None, str]]:
-    """Yield `count` images, or all there are, evenly from a data set, with the names of their classes and files."""
+    """Yield `count` images, or all there are, evenly from a data set, with the names of their classes and files.
+
+    The images are normalised.
+    """
     n = len(dataset)
     files = getattr(dataset, "files", None) or [path for path, _ in getattr(dataset, "samples", ())]
     for i in (k * n // min(count, n) for k in range(min(count, n))):
         image, target = dataset[i]
         name = Path(files[i]).name if files else f"image {i}"
+        image = normalise(image) if image.dtype == torch.uint8 else image
         yield image, None if target is None else dataset.classes[target], name
 
 
@@ -292,8 +300,11 @@ def _build_split(args: argparse.Namespace, train: bool, size: tuple[int, int], t
 def build_val_dataset(args: argparse.Namespace, size: tuple[int, int], classes: Sequence[str] | None) -> Dataset:
     """Open the validation split under the training split's class map, else a checkpoint's `classes`, else its own."""
     transform = build_transform(False, size, small=is_small(args, size), crop_ratio=args.eval_crop_ratio)
+    transform = FastTransform(transform) if args.transform == "fast" else transform
     dataset = _build_split(args, False, size, transform, find_class_map(args, classes))
-    missing = [] if args.use_lmdb else sorted(set(dataset.classes) - {dataset.classes[t] for t in dataset.targets})
+    missing = []
+    if dataset.targets is not None:
+        missing = sorted(set(dataset.classes) - {dataset.classes[t] for t in np.unique(dataset.targets)})
     if missing:
         distributed.print0(
             f"The validation set lacks {len(missing)} of the {len(dataset.classes)} classes: {', '.join(missing[:5])}"
@@ -322,6 +333,7 @@ def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]) -> Data
         three_augment=args.ThreeAugment,
         src=args.src,
     )
+    transform = FastTransform(transform) if args.transform == "fast" else transform
     return _build_split(args, True, size, transform)
 
 
@@ -331,6 +343,7 @@ def _loader(dataset: Dataset, args: argparse.Namespace, **kwargs) -> DataLoader:
         dataset,
         num_workers=workers,
         persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
         pin_memory=args.pin_mem and torch.accelerator.is_available(),
         generator=torch.Generator(),  # the loader's own draws stay out of the main stream
         **kwargs,
@@ -354,3 +367,18 @@ def build_val_loader(args: argparse.Namespace, dataset: Dataset) -> DataLoader:
     """Build this process's share of the validation set: every image is in exactly one share."""
     share = range(distributed.rank(), len(dataset), distributed.world_size())
     return _loader(dataset, args, batch_size=max(1, int(1.5 * args.batch_size)), sampler=share)
+
+
+def build_benchmark_loaders(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, DataLoader]:
+    """Build the training loader with each --transform, and for image files loaders that only decode, or only read.
+
+    They are for `engine.benchmark_loaders`.
+    """
+    loaders = {}
+    for name in ("timm", "fast", *(("decode", "read") if args.data_set in (*FOLDERS, *inat.YEARS) else ())):
+        each = argparse.Namespace(**vars(args) | {"transform": "timm" if name == "timm" else "fast"})
+        dataset = build_train_dataset(each, size)
+        if name in ("decode", "read"):
+            dataset.transform = Part(name == "decode")
+        loaders[name] = build_train_loader(each, dataset)
+    return loaders

@@ -18,6 +18,7 @@ from torchprofile import profile_macs
 from util import distributed
 from util.errors import NonFiniteLossError
 from util.log import Progress
+from util.transforms import to_device
 
 
 @dataclass
@@ -52,6 +53,7 @@ class StepOptions:
     train_mode: bool = True
     frozen: Sequence[nn.Module] = ()  # in evaluation mode all the same
     keep_rate: Callable[[int], float] | None = None
+    remode: str = "pixel"  # what random erasing fills the boxes with that come with the images
 
 
 def train_one_epoch(
@@ -94,8 +96,8 @@ def train_one_epoch(
             ticked = time.perf_counter()
             samples, targets = next(source)
             waited += time.perf_counter() - ticked
+            samples = to_device(samples, device, options.remode)
             images += len(samples)
-            samples = samples.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
             if options.mixup is not None:
                 samples, targets = options.mixup(samples, targets)
@@ -201,7 +203,7 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     count = 0
     for samples, targets in loader:
-        samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        samples, targets = to_device(samples, device), targets.to(device, non_blocking=True)
         with precision.autocast():
             logits = model(samples, *rate)
         logits = logits.float()  # B, classes
@@ -288,6 +290,36 @@ def compare(
         "images_per_s": batch_size / ours,
         "baseline_images_per_s": batch_size / theirs,
     }
+
+
+def benchmark_loaders(loaders: dict[str, DataLoader], turns: int = 5) -> dict[str, dict[str, float]]:
+    """Time training loaders in turns of an epoch each, so that what disturbs the machine disturbs all.
+
+    Returns of each: images_per_s (median), spread (percent, largest to smallest around the median) and the ratio of its
+    images/s to the first loader's in the same turn (median), with its quartiles (ratio_q1, ratio_q3). One more turn
+    goes before, and is not counted.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    for turn in range(turns + 1):
+        for name, loader in loaders.items():
+            loader.sampler.set_epoch(turn)
+            started, images = time.perf_counter(), 0
+            for _, targets in loader:
+                images += len(targets)
+            rates[name].append(images / (time.perf_counter() - started))
+    found, first = {}, next(iter(rates.values()))[1:]
+    for name, (_, *counted) in rates.items():
+        median = statistics.median(counted)
+        ratios = [ours / theirs for ours, theirs in zip(counted, first, strict=True)]
+        q1, ratio, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+        found[name] = {
+            "images_per_s": median,
+            "spread": 100 * (max(counted) - min(counted)) / median,
+            "ratio": ratio,
+            "ratio_q1": q1,
+            "ratio_q3": q3,
+        }
+    return found
 
 
 def _inference_step(model: nn.Module, images: Tensor, precision: Precision) -> Callable[[], None]:

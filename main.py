@@ -181,7 +181,13 @@ def run_training(
 
     criterion = build_image_loss(args, criterion, model, teacher, precision)
     step_options = engine.StepOptions(
-        args.accum_steps, args.clip_grad, mixup, args.print_freq, train_mode=args.train_mode, frozen=frozen
+        args.accum_steps,
+        args.clip_grad,
+        mixup,
+        args.print_freq,
+        train_mode=args.train_mode,
+        frozen=frozen,
+        remode=args.remode,
     )
     started = time.time()
     train_epochs(args, state, train_loader, val_loader, precision, criterion, step_options, log, n_parameters)

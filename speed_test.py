@@ -1,18 +1,23 @@
 """Throughput and MACs of any timm model: python speed_test.py MODEL[:KEY=VALUE,…] … [--baseline MODEL[:…]].
 
 No data and no weights are needed. A model that fails is a row that says why, not the end.
+
+With --loader, images/s of the training input instead: python speed_test.py --loader DATA [--data-set CIFAR].
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import timm
 import torch
 
+import datasets
 import engine
 from builders import build_model, find_amp_dtype, find_cfg, find_input_size
-from util import distributed
+from util import distributed, options
+from util.checks import FOLDERS
 from util.errors import InputError
 from util.options import Parser, read_pairs
 
@@ -21,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure; return the exit status: 0, or 2 for what the caller can mend."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        measure(args, distributed.pick_device(args.device))
+        if args.loader is None:
+            measure(args, distributed.pick_device(args.device))
+        else:
+            measure_loaders(args)
     except InputError as error:
         print(f"speed_test.py: error: {error}", file=sys.stderr)
         return 2
@@ -31,15 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="speed_test.py", description="Measure images/s and MACs of models, side by side.")
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="timm names or patterns, with arguments after a colon: NAME:K=V,K=V")
+    add("models", nargs="*", metavar="MODEL", help="timm names or patterns, with arguments after a colon: NAME:K=V,K=V")
     add("--baseline", default=None, metavar="MODEL", help="time each model in turns with this one, and give the ratio")
     add("--batch-size", type=int, default=32)
     add("--input-size", type=int, nargs="+", default=None, help="pixels, or height and width; default: each model's")
     add("--train", action="store_true", help="whole training steps instead of inference")
-    add("--pairs", type=int, default=15, help="turns with the baseline")
+    add("--pairs", type=int, default=None, help="turns in which things are compared; default: 15, of loaders 5")
+    add("--loader", default=None, metavar="DATA", help="measure the training input from this folder, not models")
+    add("--data-set", default="FOLDER", help="with --loader: as main.py's")
+    add("--workers", type=int, nargs="+", default=[1, datasets.default_workers()], help="with --loader: counts to try")
     add("--device", default=None, help="default: the best there is")
     add("--amp", default="auto", choices=("auto", "off", "fp16", "bf16"))
     args = parser.parse_args(list(argv))
+    if bool(args.models) == (args.loader is not None):
+        raise InputError("give models to measure, or --loader DATA; --help lists the flags")
+    if args.pairs is None:
+        args.pairs = 15 if args.loader is None else 5
     for flag, value, least in (("--batch-size", args.batch_size, 1), ("--pairs", args.pairs, 2)):
         if value < least:
             raise InputError(f"{flag} {value} must be at least {least}")
@@ -89,6 +104,32 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
             print(f"{row}: {macs:.3f} GMACs at {size[0]}x{size[1]}, {text}", flush=True)
         except (InputError, RuntimeError, AssertionError, ValueError) as error:
             print(f"{row}: failed ({(str(error) or type(error).__name__).splitlines()[0]})", flush=True)
+
+
+def measure_loaders(args: argparse.Namespace) -> None:
+    """Print a table a worker count: images/s of each way to feed the default recipe, and what only reads or decodes.
+
+    A train.lmdb beside the folders is measured in the same turns.
+    """
+    flags = ["--data-set", args.data_set, "--data-path", args.loader, "--batch-size", str(args.batch_size)]
+    flags += ["--no-repeated-aug", *(["--mixup", "0", "--cutmix", "0"] if args.batch_size % 2 else [])]
+    small = args.data_set in ("CIFAR", "CIFAR-10", "DIGITS")
+    size = tuple((args.input_size or [32 if small else 224]) * 2)[:2]
+    for workers in dict.fromkeys(args.workers):
+        given = options.parse([*flags, "--num_workers", str(workers)])
+        loaders = datasets.build_benchmark_loaders(given, size)
+        if given.data_set in FOLDERS and (Path(args.loader) / "train.lmdb").exists():
+            given.use_lmdb = True
+            others = datasets.build_benchmark_loaders(given, size)
+            loaders |= {f"{name}, LMDB": others[name] for name in ("fast", "read")}
+        print(
+            f"{args.data_set} at {size[0]}x{size[1]}, batch {args.batch_size}, {workers} worker(s), default recipe; "
+            f"{args.pairs} turns in one run, {distributed.describe(torch.device('cpu'))}"
+        )
+        for name, found in engine.benchmark_loaders(loaders, args.pairs).items():
+            quartiles = f"quartiles {found['ratio_q1']:.2f} to {found['ratio_q3']:.2f}"
+            text = f"{found['images_per_s']:>9.1f} images/s ± {found['spread']:.0f} %"
+            print(f"{name:<12}{text}, {found['ratio']:.2f} times timm's ({quartiles})", flush=True)
 
 
 if __name__ == "__main__":

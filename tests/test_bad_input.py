@@ -1,5 +1,6 @@
 """One table of what a person can get wrong, and the line that tells them what to do about it."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import timm
 import torch
 
+import folder2lmdb
 import main
 
 MAIN = Path(main.__file__)
@@ -153,6 +155,33 @@ def rename_image(name: str) -> Callable[[], None]:
     return write_inat(lambda train, val, categories: train["images"][2].update(file_name=name))
 
 
+def write_half(path: Path) -> None:
+    path.unlink()
+    with contextlib.closing(folder2lmdb.Writer(path, ["ant"], True, 1 << 20)) as writer:
+        writer.add(b"x", 0, "ant/0.jpg")
+        writer._flush()
+
+
+def write_database(path: Path, classes: list[str]) -> None:
+    """Write a database of eight images that are none."""
+    with contextlib.closing(folder2lmdb.Writer(path, classes, True, 1 << 20)) as writer:
+        for i in range(8):
+            writer.add(b"not an image", i % len(classes), f"{classes[i % len(classes)]}/{i}.jpg")
+        writer.finish()
+
+
+def put_databases(spoil: Callable[[Path], object]) -> Callable[[], None]:
+    """Give a preparation that makes databases of data/, spoils train.lmdb, and removes the folders."""
+
+    def prepare() -> None:
+        assert folder2lmdb.main(["--dir", "data"]) == 0
+        shutil.rmtree("data/train")
+        shutil.rmtree("data/val")
+        spoil(Path("data/train.lmdb"))
+
+    return prepare
+
+
 def spoil_cifar(name: str) -> Callable[[], None]:
     def prepare() -> None:
         Path(name).parent.mkdir(exist_ok=True)
@@ -164,6 +193,8 @@ def spoil_cifar(name: str) -> Callable[[], None]:
 OFFLINE = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz there"
 INAT = "--data-set INAT --data-path data --batch-size 2"
+LMDB = f"{FOLDER} --use-lmdb"
+REBUILD = "folder2lmdb.py --dir"
 RESUME = "--resume run/checkpoint.pth --epochs 2"
 FINETUNE = "--finetune run/checkpoint.pth"
 EVAL = "--eval --resume run/checkpoint.pth"
@@ -291,6 +322,30 @@ ROWS = {
     ),
     "text as image": Row(FOLDER, "data/train/", "mend or remove it", each_photograph("train", write_text), out=""),
     "cut image in val": Row(f"{FOLDER} {EVAL} --nb-classes 10", "data/val/", "mend or remove it", cut_val),
+    "no database": Row(LMDB, "data/train.lmdb: no such file", REBUILD),
+    "no validation database": Row(
+        LMDB, "val.lmdb: no such file", REBUILD, put_databases(lambda path: path.with_name("val.lmdb").unlink())
+    ),
+    "foreign database": Row(LMDB, "data/train.lmdb: not an image", REBUILD, put_databases(write_text)),
+    "cut database": Row(LMDB, "data/train.lmdb: cut short", REBUILD, put_databases(lambda path: truncate(str(path)))),
+    "empty database": Row(LMDB, "data/train.lmdb: not an", REBUILD, put_databases(lambda path: path.write_bytes(b""))),
+    "half a database": Row(LMDB, "data/train.lmdb: half-written", REBUILD, put_databases(write_half)),
+    "database of another class": Row(
+        LMDB,
+        "val.lmdb: class bee is not among the 1 training classes (ant)",
+        "from one folder",
+        lambda: (
+            put_databases(Path.unlink)(),
+            write_database(Path("data/train.lmdb"), ["ant"]),
+        ),
+    ),
+    "damaged image in a database": Row(
+        LMDB,
+        "data/train.lmdb, image ",
+        "mend or remove it",
+        put_databases(lambda path: (path.unlink(), write_database(path, ["ant", "bee"]))),
+        out="",
+    ),
     # CIFAR, which cannot be downloaded here, and iNaturalist
     "no CIFAR": Row(
         "--data-set CIFAR --data-path nowhere", "nowhere/cifar-100-python.tar.gz", f"put {CIFAR}", env=OFFLINE

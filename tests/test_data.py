@@ -23,6 +23,7 @@ import datasets
 from datasets import ClassFolders, Digits, EpochSampler, Seeded
 from util import distributed, options
 from util.errors import InputError
+from util.transforms import to_device
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "deit_helpers.json").read_text())["repeated_aug"]
@@ -36,6 +37,15 @@ def parse(*flags: str):
 def normalise(image: Image.Image) -> torch.Tensor:
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def seen(sample) -> torch.Tensor:
+    """Give the images of a sample's or batch's first part as the model sees them, normalised and erased."""
+    alone = isinstance(sample, torch.Tensor) and sample.ndim == 3 or sample[0].ndim == 3
+    if alone:
+        sample = sample[None] if isinstance(sample, torch.Tensor) else [part[None] for part in sample]
+    images = to_device(sample, torch.device("cpu"))
+    return images[0] if alone else images
 
 
 def names(transform: transforms.Compose) -> list[str]:
@@ -83,7 +93,7 @@ def test_a_digit_is_shifted_by_up_to_four_pixels_and_never_flipped() -> None:
     crops = {
         normalise(TF.crop(padded, y, x, 32, 32)).numpy().round(4).tobytes(): (y, x) for y in range(9) for x in range(9)
     }
-    found = [crops.get(shown[index][0].numpy().round(4).tobytes()) for _ in range(300)]
+    found = [crops.get(seen(shown[index][0]).numpy().round(4).tobytes()) for _ in range(300)]
     assert None not in found
     assert len(set(found)) > 60  # of 81 places
 
@@ -93,15 +103,17 @@ def test_a_digit_is_shifted_by_up_to_four_pixels_and_never_flipped() -> None:
 
 def test_small_images_are_cropped_where_larger_ones_are_cropped_and_resized() -> None:
     rest = ["RandAugment", "MaybeToTensor", "Normalize", "RandomErasing"]
-    digits = datasets.build_train_dataset(parse(), (32, 32)).transform
+    timm = parse("--transform", "timm")
+    digits = datasets.build_train_dataset(timm, (32, 32)).transform
     assert names(digits) == ["RandomCrop", *rest]
     assert digits.transforms[0].size == (32, 32) and digits.transforms[0].padding == 4
     large = ["RandomResizedCropAndInterpolation", *rest]
-    assert names(datasets.build_train_dataset(parse(), (64, 64)).transform) == large
+    assert names(datasets.build_train_dataset(timm, (64, 64)).transform) == large
 
 
 def test_folders_are_cropped_and_resized_and_flipped_at_32_pixels_too(tree) -> None:
     args = parse("--data-set", "FOLDER", "--data-path", str(tree(count=1)), "--aa", "none", "--reprob", "0")
+    args.transform = "timm"
     found = names(datasets.build_train_dataset(args, (32, 32)).transform)
     assert found == [
         "RandomResizedCropAndInterpolation",
@@ -124,7 +136,7 @@ def test_the_random_resized_crop_is_replaced_by_type_wherever_it_stands(monkeypa
 @pytest.mark.parametrize("size", [(32, 32), (24, 32), (8, 8)])
 def test_small_images_are_evaluated_as_they_are(size: tuple[int, int]) -> None:
     test = datasets.build_val_dataset(parse(), size, None)
-    torch.testing.assert_close(test[3][0], normalise(test.images[3]))
+    torch.testing.assert_close(seen(test[3][0]), normalise(test.images[3]))
 
 
 @pytest.mark.parametrize("side, ratio, resized", [(32, 0.875, 36), (224, 0.875, 256), (50, 0.9, 55), (40, 1.0, 40)])
@@ -142,7 +154,7 @@ def test_evaluation_resizes_bicubically_and_crops_the_centre(tree, side: int, ra
     )
     assert len(test) == 4
     for i, path in enumerate(sorted((root / "val").rglob("*.*"))):
-        torch.testing.assert_close(test[i][0], reference(Image.open(path).convert("RGB")), rtol=0, atol=0)
+        torch.testing.assert_close(seen(test[i][0]), reference(Image.open(path).convert("RGB")), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90), (50, 100), (300, 200)])
@@ -175,7 +187,7 @@ def test_randaugment_at_high_magnitude_takes_every_image(tree) -> None:
     args = parse("--data-set", "FOLDER", "--data-path", root, "--aa", "rand-m10-n4-inc1")
     train = Seeded(datasets.build_train_dataset(args, (32, 32)), 0)
     for position in range(120):
-        assert train[position % 6, 0, position][0].isfinite().all()
+        assert seen(train[position % 6, 0, position][0]).isfinite().all()
 
 
 # order and chance
@@ -184,12 +196,12 @@ def test_randaugment_at_high_magnitude_takes_every_image(tree) -> None:
 def test_a_sample_depends_on_seed_epoch_and_position_alone() -> None:
     train = datasets.build_train_dataset(parse(), (32, 32))
     keys = [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1)]
-    images = [Seeded(train, seed)[key][0] for seed in (0, 1) for key in keys]
+    images = [seen(Seeded(train, seed)[key][0]) for seed in (0, 1) for key in keys]
     for i, image in enumerate(images):
         assert all(not torch.equal(image, other) for other in images[:i])
     torch.rand(1), random.random(), np.random.rand()
     for image, (seed, key) in zip(images, [(s, k) for s in (0, 1) for k in keys], strict=True):
-        assert torch.equal(image, Seeded(train, seed)[key][0])
+        assert torch.equal(image, seen(Seeded(train, seed)[key][0]))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on one core
@@ -204,10 +216,10 @@ def test_any_number_of_workers_gives_the_same_batches() -> None:
         return batches
 
     alone = read(0)
-    assert len({batch[0].sum().item() for batch in alone}) == len(alone)
+    assert len({seen(batch[0]).sum().item() for batch in alone}) == len(alone)
     for workers in (1, 2):
         for found, expected in zip(read(workers), alone, strict=True):
-            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+            assert torch.equal(seen(found[0]), seen(expected[0])) and torch.equal(found[1], expected[1])
 
 
 def test_loading_leaves_the_main_random_streams_alone() -> None:
@@ -282,7 +294,7 @@ def test_training_takes_whole_batches(flags: tuple[str, ...], per_process: int) 
     args = parse("--batch-size", "96", *flags)
     loader = datasets.build_train_loader(args, datasets.build_train_dataset(args, (8, 8)))
     assert len(loader) == per_process // 96
-    assert len(next(iter(loader))[0]) == 96
+    assert len(seen(next(iter(loader))[0])) == 96
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

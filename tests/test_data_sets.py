@@ -39,7 +39,10 @@ def names(transform: transforms.Compose) -> list[str]:
 
 
 def restore(image: torch.Tensor) -> np.ndarray:
-    """Turn a normalised [3, H, W] back into uint8 [H, W, 3]."""
+    """Turn a normalised [3, H, W] back into uint8 [H, W, 3]; without the boxes to erase that a sample may have."""
+    image = image if isinstance(image, torch.Tensor) else image[0]
+    if image.dtype == torch.uint8:
+        return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     return np.rint((image.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).astype(np.uint8)
 
 
@@ -137,13 +140,15 @@ def test_cifar_at_32_pixels_is_shifted_flipped_and_evaluated_as_it_is(write_cifa
 def test_cifar_at_other_sizes_is_cropped_and_resized_as_any_set(write_cifar, tmp_path: Path, size) -> None:
     test = write_cifar("CIFAR", tmp_path)[1]
     args = parse("--data-set", "CIFAR", "--data-path", str(tmp_path))
-    assert names(datasets.build_train_dataset(args, (32, 32)).transform)[:3] == [
+    timm = parse("--data-set", "CIFAR", "--data-path", str(tmp_path), "--transform", "timm")
+    assert names(datasets.build_train_dataset(timm, (32, 32)).transform)[:3] == [
         "RandomCrop",
         "RandomHorizontalFlip",
         "RandAugment",
     ]
-    train = datasets.build_train_dataset(args, size)
+    train = datasets.build_train_dataset(timm, size)
     assert names(train.transform)[:2] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
+    assert train[0][0].shape == restore(datasets.build_train_dataset(args, size)[0][0]).transpose(2, 0, 1).shape
     assert train[0][0].shape == (3, *size)
     whole = Image.fromarray(test[0][2]).resize((int(size[0] / 0.875),) * 2, Image.Resampling.BICUBIC)
     expected = np.asarray(transforms.functional.center_crop(whole, size))
@@ -346,7 +351,7 @@ def photograph() -> Image.Image:
 def three_augment(*flags: str, data_set: str = "FOLDER", size: tuple[int, int] = (32, 32), monkeypatch) -> list:
     """Give the training transforms of a command line; the data are not opened."""
     monkeypatch.setattr(datasets, "build_dataset", lambda name, root, train, size, transform, *rest: transform)
-    args = parse("--data-set", data_set, "--data-path", "none", "--ThreeAugment", *flags)
+    args = parse("--data-set", data_set, "--data-path", "none", "--ThreeAugment", "--transform", "timm", *flags)
     return datasets.build_train_dataset(args, size).transforms
 
 

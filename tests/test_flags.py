@@ -111,6 +111,7 @@ PROBED: dict[str, tuple[str, str, Callable]] = {
     "--ThreeAugment": ("", "", training),
     "--src": ("", "--ThreeAugment", training),
     "--eval-crop-ratio": ("1", "", evaluation),
+    "--transform": ("timm", "", training),
     "--seed": ("3", "", loader),
     "--repeated-aug": ("", "--no-repeated-aug", loader),
     "--no-repeated-aug": ("", "", loader),

@@ -52,6 +52,16 @@ def test_a_model_that_fails_is_a_row(capsys):
     assert "ratio " in row and "quartiles" in row and "GMACs at 32x32" in row
 
 
+def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
+    root = tree(count=12, side=40)
+    words = ["--loader", str(root), "--batch-size", "4", "--input-size", "32", "--workers", "0", "1", "--pairs", "2"]
+    assert speed_test.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and "0 worker(s)" in lines[0] and "1 worker(s)" in lines[5]
+    assert [line.split()[0] for line in lines[1:5]] == ["timm", "fast", "decode", "read"]
+    assert all(float(line.split()[1]) > 0 and "times timm's" in line for line in [*lines[1:5], *lines[6:]])
+
+
 @pytest.mark.parametrize(
     ("words", "value", "remedy"),
     [
@@ -59,6 +69,9 @@ def test_a_model_that_fails_is_a_row(capsys):
         ("nosuch*", "nosuch*", "timm.list_models()"),
         ("resnet18:depth", "resnet18:depth", "key=value"),
         ("resnet18 --batch-size 0", "--batch-size 0", "at least 1"),
+        ("", "models to measure", "--loader DATA"),
+        ("resnet18 --loader x", "models to measure", "--loader DATA"),
+        ("--loader nowhere", "nowhere/train", "no such folder"),
         ("resnet18 --basline x", "--basline", "did you mean --baseline?"),
     ],
 )

@@ -453,7 +453,7 @@ def test_a_killed_worker_is_one_line_with_a_hint(tiny_flags, monkeypatch, capsys
     def killed(self, key):
         os.kill(os.getpid(), signal.SIGBUS)
 
-    monkeypatch.setattr(datasets.Seeded, "__getitem__", killed)
+    monkeypatch.setattr(datasets.Seeded, "__getitems__", killed)
     assert main.main([*tiny_flags, "--num_workers", "1"]) == 1
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("main.py: error")]
     assert "DataLoader worker" in line and "--shm-size" in line

@@ -9,7 +9,25 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from util import distributed
 from util.errors import InputError
 
-KINDS = {"CIFAR": CIFAR100, "CIFAR-10": CIFAR10}
+
+class _Arrays:
+    """torchvision's CIFAR, that hands the array to a transform that takes it."""
+
+    def __getitem__(self, index: int) -> tuple:
+        if getattr(self.transform, "takes_encoded", False):
+            return self.transform(self.data[index]), self.targets[index]
+        return super().__getitem__(index)
+
+
+class Cifar10(_Arrays, CIFAR10):
+    pass
+
+
+class Cifar100(_Arrays, CIFAR100):
+    pass
+
+
+KINDS = {"CIFAR": Cifar100, "CIFAR-10": Cifar10}
 
 
 def open_cifar(name: str, root: str, train: bool, transform=None) -> CIFAR10:

@@ -2,13 +2,12 @@
 
 import argparse
 import ast
-import difflib
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from util.checks import FOLDERS, SCHEDULES, check, find_pictures
 from util.errors import InputError
+from util.parser import Parser
 
 DATA_SETS = ("DIGITS", *FOLDERS, "CIFAR", "CIFAR-10", "INAT", "INAT19")
 RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -23,25 +22,6 @@ NO_EFFECT = {
 }
 
 TEACHING = ("teacher_model", "teacher_path", "distillation_alpha", "distillation_tau")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that takes - and _ alike in flags, and raises InputError with one line."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        known = {re.sub("_", "-", flag): flag for flag in self._option_string_actions if flag.startswith("--")}
-        fixed = []
-        for word in args or ():
-            flag, equals, value = word.partition("=")
-            fixed.append(known.get(re.sub("_", "-", flag), flag) + equals + value if word.startswith("--") else word)
-        self.known_flags = sorted(known.values())
-        return super().parse_known_args(fixed, namespace)
-
-    def error(self, message: str):
-        unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
-        near = difflib.get_close_matches(unknown[1], self.known_flags, n=1) if unknown else []
-        hint = f"; did you mean {near[0]}?" if near else "; --help lists the flags"
-        raise InputError(message + (hint if unknown else ""))
 
 
 def read_pairs(words: Sequence[str], source: str) -> dict[str, Any]:
@@ -179,9 +159,14 @@ def _add_data(parser: Parser) -> None:
     add = group.add_argument
     add("--data-set", default="IMNET", choices=DATA_SETS, help="FOLDER is any train/CLASS/ and val/CLASS/")
     add("--data-path", default=None, help="folder of the data")
-    add("--use-lmdb", action="store_true", help="read train.lmdb and val.lmdb, as the published folder2lmdb.py wrote")
+    add(
+        "--use-lmdb",
+        action="store_true",
+        help="read train.lmdb and val.lmdb, as folder2lmdb.py writes them, or the published script's",
+    )
     add("--inat-category", default="name", choices=RANKS, help="what a class of iNaturalist is")
     add("--eval-crop-ratio", type=float, default=0.875)
+    add("--transform", default="fast", choices=("fast", "timm"), help="timm: its transforms, the reference, and slower")
     add("--num_workers", type=int, default=None, help="default: this process's share of the cores, at most 10")
     _switch(group, "pin-mem", True, "page-locked batches, for accelerators")
 

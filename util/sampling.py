@@ -1,7 +1,7 @@
 """Which image comes when, and how it is augmented: from seed, epoch and position alone, for any number of workers."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,21 +24,27 @@ class Seeded(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
-        index, epoch, position = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int, int]]) -> list[tuple[torch.Tensor, int]]:
+        """Give a batch's samples; the loader prefers this. The main streams' states are put aside once for all."""
         here = get_worker_info() is None
         if here:
             states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        a, b, c = np.random.SeedSequence((self.seed, epoch, position)).generate_state(3).tolist()
-        random.seed(a)
-        np.random.seed(b)
-        torch.default_generator.manual_seed(c)
         try:
-            return self.dataset[index]
+            return [self._draw(*key) for key in keys]
         finally:
             if here:
                 random.setstate(states[0])
                 np.random.set_state(states[1])
                 torch.set_rng_state(states[2])
+
+    def _draw(self, index: int, epoch: int, position: int) -> tuple[torch.Tensor, int]:
+        a, b, c = np.random.SeedSequence((self.seed, epoch, position)).generate_state(3).tolist()
+        random.seed(a)
+        np.random.seed(b)
+        torch.default_generator.manual_seed(c)
+        return self.dataset[index]
 
 
 class EpochSampler(Sampler):
