@@ -47,6 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--pairs", type=int, default=None, help="turns in which things are compared; default: 15, of loaders 5")
     add("--loader", default=None, metavar="DATA", help="measure the training input from this folder, not models")
     add("--data-set", default="FOLDER", help="with --loader: as main.py's")
+    add("--no-repeated-aug", action="store_true", help="with --loader: each image once an epoch")
     add("--workers", type=int, nargs="+", default=[1, datasets.default_workers()], help="with --loader: counts to try")
     add("--device", default=None, help="default: the best there is")
     add("--amp", default="auto", choices=("auto", "off", "fp16", "bf16"))
@@ -112,7 +113,8 @@ def measure_loaders(args: argparse.Namespace) -> None:
     A train.lmdb beside the folders is measured in the same turns.
     """
     flags = ["--data-set", args.data_set, "--data-path", args.loader, "--batch-size", str(args.batch_size)]
-    flags += ["--no-repeated-aug", *(["--mixup", "0", "--cutmix", "0"] if args.batch_size % 2 else [])]
+    flags += ["--no-repeated-aug"] if args.no_repeated_aug else []
+    flags += ["--mixup", "0", "--cutmix", "0"] if args.batch_size % 2 else []
     small = args.data_set in ("CIFAR", "CIFAR-10", "DIGITS")
     size = tuple((args.input_size or [32 if small else 224]) * 2)[:2]
     for workers in dict.fromkeys(args.workers):
@@ -123,7 +125,8 @@ def measure_loaders(args: argparse.Namespace) -> None:
             others = datasets.build_benchmark_loaders(given, size)
             loaders |= {f"{name}, LMDB": others[name] for name in ("fast", "read")}
         print(
-            f"{args.data_set} at {size[0]}x{size[1]}, batch {args.batch_size}, {workers} worker(s), default recipe; "
+            f"{args.data_set} at {size[0]}x{size[1]}, batch {args.batch_size}, {workers} worker(s), default recipe, "
+            f"repeated augmentation {'off' if args.no_repeated_aug else 'on'}; "
             f"{args.pairs} turns in one run, {distributed.describe(torch.device('cpu'))}"
         )
         for name, found in engine.benchmark_loaders(loaders, args.pairs).items():

@@ -234,6 +234,7 @@ for i in range(2):
     optimizer.step()
 equal = torch.allclose(alone[1].weight, net[1].weight, atol=1e-6)
 sys.stdout.write(f"REDUCED {''.join(reduced)} EQUAL {equal}\\n")
+del ddp
 distributed.shutdown()
 """
 

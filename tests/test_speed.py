@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import engine
+import folder2lmdb
 import speed_test
 
 PRECISION = engine.Precision(torch.device("cpu"))
@@ -55,11 +56,13 @@ def test_a_model_that_fails_is_a_row(capsys):
 def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
     root = tree(count=12, side=40)
     words = ["--loader", str(root), "--batch-size", "4", "--input-size", "32", "--workers", "0", "1", "--pairs", "2"]
+    assert folder2lmdb.main(["--dir", str(root), "--split", "train"]) == 0
+    capsys.readouterr()
     assert speed_test.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10 and "0 worker(s)" in lines[0] and "1 worker(s)" in lines[5]
-    assert [line.split()[0] for line in lines[1:5]] == ["timm", "fast", "decode", "read"]
-    assert all(float(line.split()[1]) > 0 and "times timm's" in line for line in [*lines[1:5], *lines[6:]])
+    assert len(lines) == 14 and "0 worker(s)" in lines[0] and "1 worker(s)" in lines[7]
+    assert [line[:12].strip() for line in lines[1:7]] == ["timm", "fast", "decode", "read", "fast, LMDB", "read, LMDB"]
+    assert all(float(line[12:].split()[0]) > 0 and "times timm's" in line for line in [*lines[1:7], *lines[8:]])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Processes and devices: the only place, the benchmark apart, that speaks to torch.distributed and torch.cuda."""
 
+import gc
 import os
 import re
 import resource
@@ -109,7 +110,9 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def shutdown() -> None:
+    """Leave the group; a wrapped model must be gone by then, or the threads that it has may abort the process."""
     if is_distributed():
+        gc.collect()
         dist.destroy_process_group()
 
 
