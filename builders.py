@@ -18,7 +18,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from models.dhvt import DHVT, _filter_state_dict
+from models.dhvt import DHVT, filter_state_dict
 from util import checkpoint, checks, distributed, finetune
 from util.distributed import print0
 from util.errors import InputError
@@ -173,7 +173,7 @@ def try_out(model: nn.Module, size: tuple[int, int], what: str) -> Any:
 def load_finetuned(args: argparse.Namespace, model: nn.Module, saved: dict[str, Any]) -> None:
     """Start from the weights of --finetune, as far as they fit; `saved` is empty where there are none."""
     if saved:
-        adapt = _filter_state_dict if isinstance(model, DHVT) else None
+        adapt = filter_state_dict if isinstance(model, DHVT) else None
         finetune.load(model, saved, args.finetune, args.use_ema, adapt)
 
 

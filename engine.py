@@ -101,18 +101,8 @@ def train_one_epoch(
             targets = targets.to(device, non_blocking=True)
             if options.mixup is not None:
                 samples, targets = options.mixup(samples, targets)
-            no_sync = model.no_sync if k < count - 1 and hasattr(model, "no_sync") else nullcontext
-            with no_sync():
-                with precision.autocast():
-                    outputs = model(samples, *keep_rate)
-                loss = criterion(samples, outputs, targets) / count
-                precision.scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        if options.clip_grad is not None:
-            precision.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
+            loss_sum += backward(model, criterion, samples, targets, precision, count, k == count - 1, keep_rate)
+        apply_gradients(model, optimizer, precision, options.clip_grad)
         if ema is not None:
             ema.update(distributed.unwrap(model))
         watch.add(loss_sum)
@@ -140,6 +130,39 @@ def train_one_epoch(
         "images_per_s": images * distributed.world_size() / elapsed,
         "data_wait": waited / elapsed,
     }
+
+
+def backward(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor | tuple[Tensor, Tensor], Tensor], Tensor],
+    samples: Tensor,
+    targets: Tensor,
+    precision: Precision,
+    count: int,
+    last: bool,
+    keep_rate: tuple[float, ...] = (),
+) -> Tensor:
+    """Add the gradients of one of an update's `count` batches, and give its part of the loss.
+
+    The processes' gradients are summed up with the `last`.
+    """
+    with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+        with precision.autocast():
+            outputs = model(samples, *keep_rate)
+        loss = criterion(samples, outputs, targets) / count
+        precision.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def apply_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, clip_grad: float | None
+) -> None:
+    """Make an update of the gradients, clipped to the norm `clip_grad` if there is one."""
+    if clip_grad is not None:
+        precision.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
 
 
 class LossWatch:

@@ -218,7 +218,7 @@ def train_epochs(
         state.scheduler.step(epoch)
         step_options.on_report = partial(report_losses, log, epoch * updates, state.scheduler, keep_rate_of)
         if keep_rate_of is not None:
-            step_options.keep_rate = partial(lambda first, update: keep_rate_of(first + update), epoch * updates)
+            step_options.keep_rate = lambda update, first=epoch * updates: keep_rate_of(first + update)
         last_rate = None if keep_rate_of is None else keep_rate_of((epoch + 1) * updates - 1)
         train = engine.train_one_epoch(
             net, criterion, train_loader, state.optimizer, precision, epoch, step_options, ema

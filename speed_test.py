@@ -114,6 +114,7 @@ def measure_loaders(args: argparse.Namespace) -> None:
     """
     flags = ["--data-set", args.data_set, "--data-path", args.loader, "--batch-size", str(args.batch_size)]
     flags += ["--no-repeated-aug"] if args.no_repeated_aug else []
+    flags += ["--input-size", *map(str, args.input_size)] if args.input_size else []
     flags += ["--mixup", "0", "--cutmix", "0"] if args.batch_size % 2 else []
     small = args.data_set in ("CIFAR", "CIFAR-10", "DIGITS")
     size = tuple((args.input_size or [32 if small else 224]) * 2)[:2]

@@ -14,10 +14,11 @@ from timm.models import (
     VisionTransformer,
     build_model_with_cfg,
     generate_default_cfgs,
-    register_model,
     register_notrace_function,
 )
 from torch import Tensor, _assert, nn
+
+from models.variants import register_variants
 
 __all__ = ["DAFF", "DHVT", "SOPE", "Affine", "HeadInteractedAttention"]
 
@@ -238,7 +239,7 @@ class DHVT(VisionTransformer):
         self._set_grid()
 
 
-def _filter_state_dict(state_dict: dict[str, Tensor], model: DHVT) -> dict[str, Tensor]:
+def filter_state_dict(state_dict: dict[str, Tensor], model: DHVT) -> dict[str, Tensor]:
     """Fit SOPE's first affine map to a model with other input channels; timm fits the first convolution itself."""
     state_dict = state_dict.get("model", state_dict)
     out = dict(state_dict)
@@ -255,7 +256,7 @@ def _dhvt(variant: str, pretrained: bool, **kwargs) -> DHVT:
         DHVT,
         variant,
         pretrained,
-        pretrained_filter_fn=_filter_state_dict,
+        pretrained_filter_fn=filter_state_dict,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **kwargs,
     )
@@ -293,16 +294,4 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(name: str) -> None:
-    """Register one row of the table as timm's decorator does a function: by its name, in this module."""
-
-    def entrypoint(pretrained: bool = False, **kwargs) -> DHVT:
-        return _dhvt(name, pretrained, **kwargs)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f"DHVT, {name}; no weights were ever published, so pretrained=True is an error."
-    globals()[name] = register_model(entrypoint)
-
-
-for _name in VARIANTS:
-    _register(_name)
+register_variants(__name__, VARIANTS, _dhvt, "DHVT; no weights were ever published, so pretrained=True is an error.")

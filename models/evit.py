@@ -22,12 +22,13 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
-    register_model,
     register_notrace_function,
 )
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, nn
+
+from models.variants import register_variants
 
 __all__ = ["EViT", "ReorganisingBlock", "ScoringAttention"]
 
@@ -293,10 +294,10 @@ class EViT(VisionTransformer):
     def trace_tokens(self, x: Tensor, keep_rate: float | None = None) -> tuple[Tensor, dict[int, Tensor]]:
         """Give the logits, and for each block of `drop_loc` the places of the tokens after it: see `walk`."""
         places = {}
-        for i, (tokens, now) in enumerate(self.walk(x, keep_rate)):  # noqa: B007 (the last tokens are used below)
+        for i, step in enumerate(self.walk(x, keep_rate)):
             if i in self.drop_loc:
-                places[i] = now
-        return self.forward_head(self.norm(tokens)), places
+                places[i] = step[1]
+        return self.forward_head(self.norm(step[0])), places
 
     def forward_intermediates(
         self,
@@ -379,16 +380,4 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(name: str) -> None:
-    """Register one row of the table as timm's decorator does a function: by its name, in this module."""
-
-    def entrypoint(pretrained: bool = False, **kwargs) -> EViT:
-        return _evit(name, pretrained, **kwargs)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f"EViT, {name}; DeiT's checkpoints load as they are."
-    globals()[name] = register_model(entrypoint)
-
-
-for _name in VARIANTS:
-    _register(_name)
+register_variants(__name__, VARIANTS, _evit, "EViT; DeiT's checkpoints load as they are.")

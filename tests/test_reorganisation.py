@@ -17,6 +17,7 @@ from test_distributed import finish, start, torchrun
 
 import engine
 import main
+from losses import ImageLoss
 from util import checks
 from util.errors import InputError
 from util.keep_rate import keep_rate_at
@@ -273,7 +274,7 @@ def test_an_update_of_several_batches_has_one_rate():
     loader = [(torch.randn(2, 3), torch.tensor([0, 1]))] * 5
     options = engine.StepOptions(accum_steps=2, keep_rate=lambda update: 1 - update / 10)
     precision = engine.Precision(torch.device("cpu"))
-    criterion = lambda samples, outputs, targets: torch.nn.functional.cross_entropy(outputs, targets)  # noqa: E731
+    criterion = ImageLoss(torch.nn.functional.cross_entropy)
     engine.train_one_epoch(model, criterion, loader, torch.optim.SGD(model.parameters()), precision, 0, options)
     assert rates == [1.0, 1.0, 0.9, 0.9, 0.8]
     engine.evaluate(model, loader, precision, 0.25)

@@ -74,6 +74,8 @@ def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
         ("resnet18 --batch-size 0", "--batch-size 0", "at least 1"),
         ("", "models to measure", "--loader DATA"),
         ("resnet18 --loader x", "models to measure", "--loader DATA"),
+        ("--loader x --data-set DIGITS --input-size 0", "--input-size 0", "height and width"),
+        ("--loader x --data-set NOPE", "NOPE", "FOLDER"),
         ("--loader nowhere", "nowhere/train", "no such folder"),
         ("resnet18 --basline x", "--basline", "did you mean --baseline?"),
     ],

@@ -16,7 +16,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-import models  # noqa: F401 (registers ours)
 from util import visualize
 from util.errors import InputError
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def _check_zip(data: Path | io.BytesIO, source: str | Path) -> None:
     try:
         with zipfile.ZipFile(data) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError, zipfile.zlib.error) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError, zlib.error) as error:
         raise InputError(f"{source}: damaged or cut short ({_first_line(error)}); use an older checkpoint") from None
     if damaged is not None:
         raise InputError(f"{source}: damaged, the checksum of {damaged} inside it does not match; use an older one")
