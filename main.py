@@ -108,7 +108,7 @@ def load_evaluated(
     """Build the model with the weights of --resume, the average's with --use-ema."""
     model = build_model(args, num_classes, size)
     key = "model_ema" if args.use_ema else "model"
-    if saved and not saved.get(key):
+    if saved and not (isinstance(saved.get(key), dict) and saved[key]):
         raise InputError(f"{source}: no {key} in it; leave out --use-ema")
     if saved:
         weights = checkpoint.strip_prefixes(saved[key])

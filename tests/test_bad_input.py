@@ -295,6 +295,18 @@ ROWS = {
         "DeiT",
         lambda: torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), "byob.pth"),
     ),
+    "text as a position embedding": Row(
+        f"{EVIT} --eval --resume text.pth",
+        "text.pth",
+        "trained with",
+        lambda: torch.save({"model": {"pos_embed": "text", "cls_token": "text"}}, "text.pth"),
+    ),
+    "text as an average": Row(
+        f"{EVIT} --eval --use-ema --resume text.pth",
+        "text.pth: no model_ema",
+        "leave out --use-ema",
+        lambda: torch.save({"model": {"a": torch.zeros(1)}, "model_ema": "text"}, "text.pth"),
+    ),
     # the output folder
     "out is a file": Row("--output_dir data/note", "data/note", "name a folder", lambda: Path("data/note").touch()),
     "out below a file": Row("--output_dir data/note/out", "data/note", "another", lambda: Path("data/note").touch()),

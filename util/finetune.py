@@ -126,7 +126,7 @@ def resample_pos_embed(model: nn.Module, theirs: Weights, saved: dict[str, Any])
     """
     own, given, known = getattr(model, "pos_embed", None), theirs.get("pos_embed"), _find_grid(model, saved)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if not isinstance(own, Tensor) or given is None or grid is None:
+    if not isinstance(own, Tensor) or not isinstance(given, Tensor) or grid is None:
         return []
     if own.ndim != 3 or given.ndim != 3 or given.shape[0] != own.shape[0] or given.shape[2] != own.shape[2]:
         return []
@@ -148,7 +148,8 @@ def _find_layout(
     theirs: Weights, length: int, prefix: int, grid: tuple[int, int], known: tuple[int, int] | None
 ) -> tuple[int, tuple[int, int]] | None:
     """Split `length` position embeddings into prefix tokens and a grid: the known one, a square, or the model's."""
-    tokens = [theirs[k] for k in ("cls_token", "dist_token", "reg_token") if k in theirs and theirs[k].ndim == 3]
+    tokens = [theirs.get(k) for k in ("cls_token", "dist_token", "reg_token")]
+    tokens = [t for t in tokens if isinstance(t, Tensor) and t.ndim == 3]
     choices = [(n, length - n) for n in (prefix, sum(t.shape[1] for t in tokens), 0) if length > n]
     for n, patches in choices:
         if known is not None and patches == math.prod(known):
