@@ -23,6 +23,7 @@ from util import checkpoint, checks, distributed, finetune
 from util.distributed import print0
 from util.errors import InputError
 from util.keep_rate import keep_rate_at
+from util.measure import can_fuse
 
 
 def find_cfg(name: str, flag: str = "--model") -> PretrainedCfg:
@@ -96,6 +97,18 @@ def build_model(
             given = "".join(f" {k}={v}" for k, v in args.model_kwargs.items())
             given = f" with --model-kwargs{given}" if given else ""
             raise InputError(f"{flag} {args.model} at {size[0]}x{size[1]} pixels{given}: {reason}") from None
+
+
+def speed_up(args: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """Lay out a model's weights and have it keep or recompute activations, as the flags say; in place."""
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AttributeError, AssertionError):
+            raise InputError(f"--grad-checkpointing: --model {args.model} cannot do it; leave it out") from None
+    return model
 
 
 def count_head(name: str, weights: dict[str, Any]) -> int | None:
@@ -194,7 +207,7 @@ def build_optimization(
     world = distributed.world_size()
     batch = args.batch_size * world * args.accum_steps
     lr = args.lr if args.unscale_lr else args.lr * batch / 512
-    kwargs = {"fused": True} if device.type == "cuda" and args.opt.lower() in ("adam", "adamw") else {}
+    kwargs = {"fused": True} if can_fuse(device) and args.opt.lower() in ("adam", "adamw") else {}
     kwargs |= {} if args.opt_betas is None else {"betas": args.opt_betas}
     kwargs |= {} if args.layer_decay is None else {"layer_decay": args.layer_decay}
     try:

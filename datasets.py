@@ -372,7 +372,7 @@ def build_val_loader(args: argparse.Namespace, dataset: Dataset) -> DataLoader:
 def build_benchmark_loaders(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, DataLoader]:
     """Build the training loader with each --transform, and for image files loaders that only decode, or only read.
 
-    They are for `engine.benchmark_loaders`.
+    They are for `measure.benchmark_loaders`.
     """
     loaders = {}
     for name in ("timm", "fast", *(("decode", "read") if args.data_set in (*FOLDERS, *inat.YEARS) else ())):

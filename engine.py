@@ -1,41 +1,25 @@
 """Training, evaluation and measurement of one model; none of it knows the command line."""
 
-import copy
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchprofile import profile_macs
 
 from util import distributed
 from util.errors import NonFiniteLossError
 from util.log import Progress
+from util.measure import benchmark, compare, count_macs, folded
+from util.precision import Precision
 from util.transforms import to_device
 
-
-@dataclass
-class Precision:
-    """Mixed precision, decided once: the loop has no branch for it. `dtype` None is full precision."""
-
-    device: torch.device
-    dtype: torch.dtype | None = None
-    scaler: torch.amp.GradScaler = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
-    def autocast(self):
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+__all__ = ["Precision", "StepOptions", "benchmark", "compare", "count_macs", "evaluate", "train_one_epoch"]
 
 
 @dataclass
@@ -96,7 +80,7 @@ def train_one_epoch(
             ticked = time.perf_counter()
             samples, targets = next(source)
             waited += time.perf_counter() - ticked
-            samples = to_device(samples, device, options.remode)
+            samples = precision.lay_out(to_device(samples, device, options.remode))
             images += len(samples)
             targets = targets.to(device, non_blocking=True)
             if options.mixup is not None:
@@ -225,15 +209,17 @@ def evaluate(
     hits = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-k
     loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     count = 0
-    for samples, targets in loader:
-        samples, targets = to_device(samples, device), targets.to(device, non_blocking=True)
-        with precision.autocast():
-            logits = model(samples, *rate)
-        logits = logits.float()  # B, classes
-        loss += F.cross_entropy(logits, targets, reduction="none").to(loss.dtype).sum()
-        found = logits.topk(topk, dim=1).indices == targets[:, None]  # B, k
-        hits += torch.stack([found[:, 0].sum(), found.sum()])
-        count += len(targets)
+    with folded(model):
+        for samples, targets in loader:
+            samples = precision.lay_out(to_device(samples, device))
+            targets = targets.to(device, non_blocking=True)
+            with precision.autocast():
+                logits = model(samples, *rate)
+            logits = logits.float()  # B, classes
+            loss += F.cross_entropy(logits, targets, reduction="none").to(loss.dtype).sum()
+            found = logits.topk(topk, dim=1).indices == targets[:, None]  # B, k
+            hits += torch.stack([found[:, 0].sum(), found.sum()])
+            count += len(targets)
     total = torch.cat([loss[None], hits.to(loss.dtype), torch.full_like(loss[None], count)])
     loss, top1, top5, count = distributed.all_reduce(total).tolist()
     return {
@@ -243,151 +229,3 @@ def evaluate(
         "topk": topk,
         "count": int(count),
     }
-
-
-def benchmark(
-    model: nn.Module,
-    input_size: tuple[int, int],
-    batch_size: int,
-    precision: Precision,
-    train: bool = False,
-    repeats: int = 5,
-    min_seconds: float = 1.0,
-) -> dict[str, float | str | bool]:
-    """Measure images/s on random images of `input_size` (height, width): inference, or whole training steps (AdamW).
-
-    Warms up, then times at least five repeats of `min_seconds` each, waiting for the device at both ends. Returns the
-    median (images_per_s, ms_per_batch), spread (percent, largest to smallest around the median), peak_memory_mib (of
-    the device; on the CPU, of the process) and the conditions. A copy of the model is trained: it stays as it is.
-    """
-    device = precision.device
-    step = _training_step if train else _inference_step
-    images = torch.randn(batch_size, getattr(model, "in_chans", 3), *input_size, device=device)
-    run = step(model, images, precision)
-    distributed.reset_peak_memory(device)
-    loops, seconds = 1, _timed(run, 1, device)  # the first pass is never counted
-    while (seconds := _timed(run, loops, device)) < min_seconds:
-        loops = max(loops + 1, math.ceil(1.1 * loops * min_seconds / max(seconds, 1e-6)))
-    times = [_timed(run, loops, device) / loops for _ in range(max(5, repeats))]
-    median = statistics.median(times)
-    return {
-        "mode": "train" if train else "inference",
-        "images_per_s": batch_size / median,
-        "ms_per_batch": 1000 * median,
-        "spread": 100 * (max(times) - min(times)) / median,
-        "peak_memory_mib": distributed.peak_memory_mib(device),
-        "batch_size": batch_size,
-        "input_size": f"{input_size[0]}x{input_size[1]}",
-        "precision": str(precision.dtype or torch.float32).removeprefix("torch."),
-        "device": distributed.describe(device),
-        "torch": torch.__version__,
-    }
-
-
-def compare(
-    model: nn.Module,
-    baseline: nn.Module,
-    input_size: tuple[int, int],
-    batch_size: int,
-    precision: Precision,
-    train: bool = False,
-    pairs: int = 15,
-) -> dict[str, float]:
-    """Time two models in turns, on the same random images, and give how many times as fast the first is.
-
-    Returns the medians of `pairs` turns: ratio with its quartiles (ratio_q1, ratio_q3), and images/s of both
-    (images_per_s, baseline_images_per_s). What disturbs the machine for a while disturbs both.
-    """
-    device, step = precision.device, _training_step if train else _inference_step
-    images = torch.randn(batch_size, getattr(model, "in_chans", 3), *input_size, device=device)
-    runs = [step(m, images, precision) for m in (model, baseline)]
-    for run in runs:
-        _timed(run, 2, device)
-    times = [[_timed(run, 1, device) for run in runs] for _ in range(pairs)]
-    q1, ratio, q3 = statistics.quantiles([theirs / ours for ours, theirs in times], n=4, method="inclusive")
-    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    return {
-        "ratio": ratio,
-        "ratio_q1": q1,
-        "ratio_q3": q3,
-        "images_per_s": batch_size / ours,
-        "baseline_images_per_s": batch_size / theirs,
-    }
-
-
-def benchmark_loaders(loaders: dict[str, DataLoader], turns: int = 5) -> dict[str, dict[str, float]]:
-    """Time training loaders in turns of an epoch each, so that what disturbs the machine disturbs all.
-
-    Returns of each: images_per_s (median), spread (percent, largest to smallest around the median) and the ratio of its
-    images/s to the first loader's in the same turn (median), with its quartiles (ratio_q1, ratio_q3). One more turn
-    goes before, and is not counted.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for turn in range(turns + 1):
-        for name, loader in loaders.items():
-            loader.sampler.set_epoch(turn)
-            started, images = time.perf_counter(), 0
-            for _, targets in loader:
-                images += len(targets)
-            rates[name].append(images / (time.perf_counter() - started))
-    found, first = {}, next(iter(rates.values()))[1:]
-    for name, (_, *counted) in rates.items():
-        median = statistics.median(counted)
-        ratios = [ours / theirs for ours, theirs in zip(counted, first, strict=True)]
-        q1, ratio, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-        found[name] = {
-            "images_per_s": median,
-            "spread": 100 * (max(counted) - min(counted)) / median,
-            "ratio": ratio,
-            "ratio_q1": q1,
-            "ratio_q3": q3,
-        }
-    return found
-
-
-def _inference_step(model: nn.Module, images: Tensor, precision: Precision) -> Callable[[], None]:
-    model.eval()
-
-    @torch.inference_mode()
-    def run() -> None:
-        with precision.autocast():
-            model(images)
-
-    return run
-
-
-def _training_step(model: nn.Module, images: Tensor, precision: Precision) -> Callable[[], None]:
-    model = copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
-
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with precision.autocast():
-            outputs = model(images)
-        precision.scaler.scale(F.cross_entropy(outputs.float(), targets)).backward()
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-
-    return run
-
-
-def _timed(run: Callable[[], None], loops: int, device: torch.device) -> float:
-    distributed.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(loops):
-        run()
-    distributed.synchronize(device)
-    return time.perf_counter() - started
-
-
-def count_macs(model: nn.Module, input_size: tuple[int, int]) -> float:
-    """Count the GMACs (1 MAC = 2 FLOPs) of one image of `input_size` (height, width) in evaluation, by torchprofile."""
-    model = copy.deepcopy(model).cpu().float().eval()
-    image = torch.zeros(1, getattr(model, "in_chans", 3), *input_size)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch's tracer, which torchprofile uses
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        for name in ("unbind", "topk", "scatter"):  # they move numbers: no MACs in them
-            warnings.filterwarnings("ignore", f'No handlers found: "aten::{name}"')
-        return profile_macs(model, image) / 1e9

@@ -14,6 +14,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import DataLoader
 
 import datasets
@@ -29,6 +30,7 @@ from builders import (
     load_finetuned,
     load_teacher,
     seed_everything,
+    speed_up,
     synchronise_stem,
 )
 from losses import DistillationLoss, ImageLoss
@@ -36,7 +38,7 @@ from util import checkpoint, checks, distributed, finetune, options, visualize
 from util.distributed import print0
 from util.errors import InputError, NonFiniteLossError
 from util.log import RunLog, describe_versions
-from util.report import announce, close, print_accuracy
+from util.report import announce, close, describe_speed, print_accuracy
 from util.run_state import RunState, check_output_dir, load_resumed, lock, unlock
 
 
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
+        if isinstance(error, TorchDynamoException):
+            print(f"main.py: error: --compile: {reason}; leave it out", file=sys.stderr, flush=True)
+            return 2
         if "DataLoader worker" in reason:
             line = f"{reason} Out of memory? Try fewer --num_workers, or in a container a larger --shm-size"
         elif distributed.is_lost_connection(error):
@@ -74,10 +79,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     for line in options.without_effect(args):
         print0(line)
     size = find_input_size(args)
-    precision = engine.Precision(device, find_amp_dtype(args.amp, device))
+    precision = engine.Precision(device, find_amp_dtype(args.amp, device), args.channels_last)
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
     seed_everything(args.seed + distributed.rank())
     if args.only_test_speed:
-        report_speed(args, build_model(args, args.nb_classes, size).to(device), size, precision)
+        report_speed(args, speed_up(args, build_model(args, args.nb_classes, size)).to(device), size, precision)
         return
     check_output_dir(args)
     saved, source = load_resumed(args)
@@ -98,6 +105,9 @@ def run_evaluation(
     print0(f"Evaluating {args.model}, {'EMA' if args.use_ema else 'raw'} weights of {source or 'timm'}")
     if args.test_speed:
         report_speed(args, model, size, precision)
+    speed_up(args, model)
+    if args.compile:
+        model.compile()
     test = engine.evaluate(model, datasets.build_val_loader(args, dataset), precision)
     print_accuracy(test, model.num_classes)
 
@@ -208,6 +218,10 @@ def train_epochs(
 ) -> None:
     """Train, evaluate, log and save each epoch that is left."""
     model, ema, progress = state.model, state.ema, state.progress
+    if args.compile:
+        model.compile()
+        if ema is not None:
+            ema.module.compile()
     net = distributed.wrap_ddp(model, precision.device)
     updates = math.ceil(len(train_loader) / args.accum_steps)
     keep_rate_of = build_keep_rate(args, updates)
@@ -256,7 +270,7 @@ def start_model(
     """Build the model as training begins with it, and list the frozen norms."""
     model = build_model(args, num_classes, size)
     load_finetuned(args, model, start_weights)
-    model = synchronise_stem(model, device).to(device)
+    model = speed_up(args, synchronise_stem(model, device).to(device))
     return model, finetune.freeze(model, args.freeze)
 
 
@@ -371,15 +385,13 @@ def report_speed(
     """Print throughput and MACs, on rank 0; under --output_dir they go to speed_macs.txt too."""
     if not distributed.is_primary():
         return
-    lines = [f"{args.model}: {engine.count_macs(model, size):.3f} GMACs (1 MAC = 2 FLOPs) at {size[0]}x{size[1]}"]
+    gmacs = engine.count_macs(model, size)
+    lines = [f"{args.model}: {gmacs:.3f} GMACs (1 MAC = 2 FLOPs) at {size[0]}x{size[1]}"]
     print0(lines[0])
+    batch = args.speed_batch_size or args.batch_size
     for train in (False, True):
-        found = engine.benchmark(model, size, args.batch_size, precision, train)
-        lines.append(
-            f"{found['mode']}: {found['images_per_s']:.1f} images/s ({found['ms_per_batch']:.1f} ms a batch of "
-            f"{found['batch_size']}, spread {found['spread']:.1f} %), {found['precision']}, peak memory "
-            f"{found['peak_memory_mib']:.0f} MiB, {found['device']}, torch {found['torch']}"
-        )
+        found = engine.benchmark(model, size, batch, precision, train, compiled=args.compile, gmacs=gmacs)
+        lines.append(describe_speed(found))
         print0(lines[-1])
     if args.output_dir:
         folder = Path(args.output_dir)

@@ -6,6 +6,9 @@ and the table of variants. Module and parameter names, and their order, are thos
 Letters in shape comments: B images, N tokens (class token first), C channels, h heads, d = C / h, H x W patch grid.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,11 +16,14 @@ from timm.layers import Attention, to_2tuple, trunc_normal_
 from timm.models import (
     VisionTransformer,
     build_model_with_cfg,
+    checkpoint,
     generate_default_cfgs,
     register_notrace_function,
 )
+from timm.models.vision_transformer import Block
 from torch import Tensor, _assert, nn
 
+from models.conv_norm import Foldable, conv_norm, conv_norm_gelu, statistics_kept
 from models.variants import register_variants
 
 __all__ = ["DAFF", "DHVT", "SOPE", "Affine", "HeadInteractedAttention"]
@@ -35,7 +41,7 @@ class Affine(nn.Module):
         return x * self.alpha + self.beta
 
 
-class SOPE(nn.Module):
+class SOPE(Foldable):
     """Sequential overlapping patch embedding (section 3.1): [B, in_chans, H, W] -> [B, H'W', C].
 
     A stack of 3x3 convolutions of stride 2, each with a BatchNorm, between two affine maps. A side of s pixels gives
@@ -95,8 +101,20 @@ class SOPE(nn.Module):
         # one assertion a side: FX cannot trace the `and` of two comparisons
         _assert(H == self.img_size[0], f"Input height {H} is not the model's {self.img_size[0]}: see set_input_size()")
         _assert(W == self.img_size[1], f"Input width {W} is not the model's {self.img_size[1]}: see set_input_size()")
-        x = self.post_affine(self.proj(self.pre_affine(x)))  # B, C, H', W'
-        return x.flatten(2).transpose(1, 2)  # B, H'W', C
+        x = self.pre_affine(x)
+        x = self.proj(x) if torch.jit.is_scripting() else self.project(x)
+        return self.post_affine(x).flatten(2).transpose(1, 2)  # B, H'W', C
+
+    def conv_norms(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        return [(pair[0], pair[1]) for pair in self.proj if isinstance(pair, nn.Sequential)]
+
+    def project(self, x: Tensor) -> Tensor:
+        """Do what `proj` does, channels-last, so that tokens need no transposition: [B, 3, H, W] -> [B, C, H', W']."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        activated = len(self.proj) // 2  # every pair but the last, and that one too where it is the only one
+        for i, (conv, norm) in enumerate(self.conv_norms()):
+            x = conv_norm_gelu(conv, norm, x) if i < activated else conv_norm(conv, norm, x)
+        return x  # B, C, H', W'
 
 
 @torch.fx.wrap
@@ -158,7 +176,7 @@ class HeadInteractedAttention(Attention):
         return self.proj_drop(torch.cat([cls, x[:, 1:N]], dim=1))  # B, N, C
 
 
-class DAFF(nn.Module):
+class DAFF(Foldable):
     """Dynamic aggregation feed-forward (section 3.2): convolutions over the patches, re-weighting of the class token.
 
     `grid_size` (H, W) is set by DHVT, which knows the input size. `drop` is accepted for timm's block and unused: the
@@ -183,6 +201,7 @@ class DAFF(nn.Module):
         C, D = in_features, hidden_features
         self.grid_size = (0, 0)
         self.act = act_layer()
+        self.has_gelu = isinstance(self.act, nn.GELU)
         self.conv1 = nn.Conv2d(C, D, 1, bias=bias, **dd)
         self.conv2 = nn.Conv2d(D, D, 3, padding=1, groups=D, bias=bias, **dd)
         self.conv3 = nn.Conv2d(D, C, 1, bias=bias, **dd)
@@ -195,12 +214,51 @@ class DAFF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, _, C = x.shape
         cls, x = x[:, :1], x[:, 1:]  # B, 1, C and B, HW, C
-        x = x.transpose(1, 2).reshape(B, C, self.grid_size[0], self.grid_size[1])  # B, C, H, W
-        s = self.act(self.bn1(self.conv1(x)))  # B, 4C, H, W
-        x = s + self.act(self.bn2(self.conv2(s)))
-        x = self.bn3(self.conv3(x)).flatten(2)  # B, C, HW
+        x = x.transpose(1, 2).reshape(B, C, self.grid_size[0], self.grid_size[1])  # B, C, H, W: a view, channels last
+        x = self.convolve_plainly(x) if torch.jit.is_scripting() or not self.has_gelu else self.convolve(x)
+        x = x.flatten(2)  # B, C, HW
         w = self.excitation(self.act(self.compress(x.mean(dim=2)))).unsqueeze(1)  # B, 1, C
         return torch.cat([cls * w, x.transpose(1, 2)], dim=1)  # B, 1+HW, C
+
+    def convolve_plainly(self, x: Tensor) -> Tensor:
+        s = self.act(self.bn1(self.conv1(x)))  # B, 4C, H, W
+        x = s + self.act(self.bn2(self.conv2(s)))
+        return self.bn3(self.conv3(x))  # B, C, H, W
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Do what `convolve_plainly` does, each convolution with its norm and GELU: [B, C, H, W] -> same."""
+        s = conv_norm_gelu(self.conv1, self.bn1, x)  # B, 4C, H, W
+        x = conv_norm_gelu(self.conv2, self.bn2, s, residual=s)
+        return conv_norm(self.conv3, self.bn3, x)  # B, C, H, W
+
+    def conv_norms(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+
+
+class DHVTBlock(Block):
+    """timm's block, which may be computed again in the backward pass; its norms see a batch once all the same."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return self.forward_checkpointed(x, attn_mask, is_causal)
+        return self.forward_once(x, attn_mask, is_causal)
+
+    def forward_once(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    @torch.jit.ignore
+    def forward_checkpointed(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        contexts = partial(_recompute_contexts, self)
+        return checkpoint(self.forward_once, x, attn_mask, is_causal, use_reentrant=False, context_fn=contexts)
+
+
+def _recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), statistics_kept(block)
 
 
 class DHVT(VisionTransformer):
@@ -214,6 +272,7 @@ class DHVT(VisionTransformer):
             img_size=img_size,
             pos_embed="none",
             embed_layer=SOPE,
+            block_fn=DHVTBlock,
             attn_layer=HeadInteractedAttention,
             mlp_layer=DAFF,
             **kwargs,
@@ -228,6 +287,27 @@ class DHVT(VisionTransformer):
         super().init_weights(mode, needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)  # as published; timm starts it at 1e-6
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for block in self.blocks:
+            block.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def fold_norms(self) -> None:
+        """Fold all batch norms into their convolutions for inference, until `unfold_norms`, `train` or other weights.
+
+        Not again for weights that were changed in place since. Raises RuntimeError in training mode.
+        """
+        for module in self.modules():
+            if isinstance(module, Foldable):
+                module.reparameterize()
+
+    @torch.jit.ignore
+    def unfold_norms(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Foldable):
+                module.unfold()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -248,7 +248,7 @@ def test_other_students_with_two_heads_are_taken(name):
 
 def test_speed_is_measured_of_the_student_alone(teacher_file, monkeypatch, capsys):
     measure: Callable[..., dict] = engine.benchmark
-    monkeypatch.setattr(engine, "benchmark", lambda *args: measure(*args, min_seconds=0.01))
+    monkeypatch.setattr(engine, "benchmark", lambda *args, **more: measure(*args, **more, min_seconds=0.01))
     flags = ["--distillation-type", "soft", "--teacher-path", str(teacher_file), "--test_speed", "--batch-size", "256"]
     assert main.main([*RUN, *flags]) == 0
     text = capsys.readouterr().out

@@ -269,7 +269,39 @@ def test_the_backend_can_be_chosen(monkeypatch, capsys):
     assert "pigeons" in capsys.readouterr().err
 
 
+def test_speed_flags_reach_the_run(tiny_flags, monkeypatch):
+    seen = []
+
+    def train(model, criterion, loader, optimizer, precision, *args):
+        seen.append((precision.channels_last, model.blocks[0].grad_checkpointing, torch.get_float32_matmul_precision()))
+        return {"train_loss": 1.0, "train_lr": 1.0}
+
+    monkeypatch.setattr(engine, "train_one_epoch", train)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: seen.append("compiled"))
+    for flags in ([], ["--channels-last", "--grad-checkpointing", "--tf32"], ["--compile"]):
+        try:
+            assert main.main([*tiny_flags, *flags]) == 0
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    # with --compile, the model and its average
+    assert seen == [(False, False, "highest"), (True, True, "high"), "compiled", "compiled", (False, False, "highest")]
+
+
+def test_speed_is_measured_at_a_batch_size_of_its_own(tiny_flags, monkeypatch):
+    seen = []
+    measure = functools.partial(engine.benchmark, min_seconds=0.01)
+    monkeypatch.setattr(engine, "benchmark", lambda *a, **k: seen.append(a[2]) or measure(*a, **k))
+    for flags in ([], ["--speed-batch-size", "3"]):
+        assert main.main([*tiny_flags, "--batch-size", "2", "--only_test_speed", *flags]) == 0
+    assert seen == [2, 2, 3, 3]
+
+
 SPECIAL = {
+    "--compile": test_speed_flags_reach_the_run,
+    "--channels-last": test_speed_flags_reach_the_run,
+    "--grad-checkpointing": test_speed_flags_reach_the_run,
+    "--tf32": test_speed_flags_reach_the_run,
+    "--speed-batch-size": test_speed_is_measured_at_a_batch_size_of_its_own,
     "--device": test_device_chooses_the_device,
     "--inat-category": test_inat_category_chooses_what_a_class_is,
     "--pin-mem": test_pinned_memory_is_for_accelerators,

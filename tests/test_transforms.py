@@ -21,7 +21,7 @@ from torchvision import transforms
 import datasets
 import engine
 import main
-from util import images, options
+from util import images, measure, options
 from util.errors import InputError
 from util.images import EncodedImage, load_rgb
 from util.sampling import Seeded
@@ -537,7 +537,7 @@ def test_both_transforms_evaluate_alike(tiny_flags, flags, tmp_path, capsys) -> 
 def test_the_benchmark_times_every_part_of_the_loader(flags) -> None:
     args = options.parse([*flags, "--num_workers", "0", "--no-repeated-aug"])
     loaders = datasets.build_benchmark_loaders(args, (32, 32))
-    found = engine.benchmark_loaders(loaders, turns=2)
+    found = measure.benchmark_loaders(loaders, turns=2)
     assert list(found) == ["timm", "fast", "decode", "read"]
     assert found["timm"]["ratio"] == 1
     assert found["read"]["ratio"] > 1 and found["read"]["images_per_s"] > found["decode"]["images_per_s"]

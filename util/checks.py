@@ -49,6 +49,7 @@ RULES: tuple[Rule, ...] = (
     ("mixup_switch_prob", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("eval_crop_ratio", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("num_workers", lambda v: v >= 0, "0 or more"),
+    ("speed_batch_size", lambda v: v >= 1, "at least 1"),
     ("layer_decay", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("distillation_alpha", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("distillation_tau", lambda v: v > 0, "above 0"),
@@ -111,6 +112,7 @@ def _check_together(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         _check_training(args)
     _check_reorganisation(args, parser)
     _check_pictures(args)
+    _check_speed(args)
     built = {"img_size": "--input-size", "num_classes": "--nb-classes"}
     for name, flag in (built | {name: f"--{name}" for name in ("base_keep_rate", "fuse_token", "drop_loc")}).items():
         if name in args.model_kwargs:
@@ -153,6 +155,15 @@ def _check_pictures(args: argparse.Namespace) -> None:
         raise InputError(f"{' and '.join(given)} do one thing each: give one at a time")
     if args.image_dir and not find_pictures(args):
         raise InputError("--image-dir is for --visualize_mask and --visualize_attention: add one, or leave it out")
+
+
+def _check_speed(args: argparse.Namespace) -> None:
+    if args.compile and args.grad_checkpointing:
+        raise InputError(
+            "--grad-checkpointing and --compile: give one; the compiler chooses itself what to compute again"
+        )
+    if args.speed_batch_size and not (args.test_speed or args.only_test_speed):
+        raise InputError("--speed-batch-size is for --test_speed and --only_test_speed: add one, or leave it out")
 
 
 def _check_training(args: argparse.Namespace) -> None:

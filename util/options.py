@@ -56,7 +56,7 @@ def build_parser() -> Parser:
         description="Train and evaluate DHVT and any timm model on images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    groups = (_add_run, _add_model, _add_finetuning, _add_optimization, _add_augmentation, _add_data)
+    groups = (_add_run, _add_speed, _add_model, _add_finetuning, _add_optimization, _add_augmentation, _add_data)
     for add in (*groups, _add_distillation, _add_reorganisation, _add_pictures, _add_distribution):
         add(parser)
     return parser
@@ -82,7 +82,16 @@ def _add_run(parser: Parser) -> None:
     add("--only_test_speed", action="store_true", help="measure throughput and MACs, then stop; needs no data")
     add("--device", default=None, help="cuda, cuda:1, cpu, …; default: the best there is")
     add("--seed", default=0, type=int)
+
+
+def _add_speed(parser: Parser) -> None:
+    add = parser.add_argument_group("speed and memory").add_argument
     add("--amp", default="auto", choices=("auto", "off", "fp16", "bf16"), help="mixed precision; auto: on CUDA")
+    add("--tf32", action="store_true", help="float32 matrix products of CUDA devices in TensorFloat-32")
+    add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
+    add("--channels-last", action="store_true", help="images as B, H, W, C in memory, for convolutions")
+    add("--grad-checkpointing", action="store_true", help="compute activations again instead of keeping them")
+    add("--speed-batch-size", default=None, type=int, help="of --test_speed and --only_test_speed; default: the run's")
 
 
 def _add_model(parser: Parser) -> None:

@@ -54,6 +54,17 @@ def print_accuracy(test: dict[str, float], num_classes: int | None = None) -> No
         print0(f"This is chance for {num_classes} classes: is it the right checkpoint, and are the classes in order?")
 
 
+def describe_speed(found: dict[str, Any]) -> str:
+    """Put what `benchmark` found in a line."""
+    steady = "±" if found["steady"] else "unsteady ±"
+    return (
+        f"{found['mode']}: {found['images_per_s']:.1f} images/s {steady} {found['spread']:.1f} % "
+        f"({found['ms_per_batch']:.1f} ms a batch of {found['batch_size']}), {found['share']:.0f} % of the machine's "
+        f"{found['matrix_gmacs_per_s']:.0f} GMAC/s in matrix products, {found['precision']}, peak memory "
+        f"{found['peak_memory_mib']:.0f} MiB, {found['device']}, torch {found['torch']}"
+    )
+
+
 def close(args: argparse.Namespace, progress: Progress, seconds: float) -> None:
     """Say how good it got, where that is, and how to see it again."""
     print0(f"Trained for {timedelta(seconds=round(seconds))}")
