@@ -8,6 +8,7 @@ With --loader, images/s of the training input instead: python speed_test.py --lo
 import argparse
 import csv
 import io
+import itertools
 import json
 import sys
 import warnings
@@ -55,6 +56,7 @@ COLUMNS = {  # of the table: width, and the row's value as text
     "model": (44, lambda r: r["model"]),
     "mode": (10, lambda r: r["mode"]),
     "batch": (6, lambda r: str(r["batch_size"])),
+    "pixels": (9, lambda r: r["input_size"]),
     "GMACs": (8, lambda r: f"{r['gmacs']:.3f}"),
     "images/s": (10, lambda r: f"{r['images_per_s']:.1f}"),
     "spread": (15, lambda r: "" if "spread" not in r else "unsteady " * (not r["steady"]) + f"± {r['spread']:.1f} %"),
@@ -90,6 +92,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=int, nargs="+", default=None, help="default: 1, 2, 4, … to --max-batch-size")
     add("--max-batch-size", type=int, default=None, help="default: 64 on a CPU, what fits on a GPU")
     add("--input-size", type=int, nargs="+", default=None, help="pixels, or height and width; default: each model's")
+    add("--image-sizes", type=int, nargs="+", default=None, help="sweep square images of these sizes instead")
     add("--seconds", type=float, default=1.0, help="length of a repeat; five at least are timed")
     add("--pairs", type=int, default=None, help="turns in which things are compared; default: 15, of loaders 5")
     add("--output_dir", default=None, metavar="FOLDER", help="write speed.csv, speed.json and speed.png there")
@@ -108,6 +111,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.pairs is None:
         args.pairs = 15 if args.loader is None else 5
     given = [("--batch-size", size, 1) for size in args.batch_size or ()]
+    given += [("--image-sizes", size, 1) for size in args.image_sizes or ()]
     for flag, value, least in (*given, ("--max-batch-size", args.max_batch_size, 1), ("--pairs", args.pairs, 2)):
         if value is not None and value < least:
             raise InputError(f"{flag} {value} must be at least {least}")
@@ -163,7 +167,8 @@ def measure_models(args: argparse.Namespace, device: torch.device) -> None:
     print(f"{precision}{', compiled' if args.compile else ''}, {where}")
     print("".join(f"{name:<{width}}" for name, (width, _) in COLUMNS.items()).rstrip(), flush=True)
     rows = []
-    for name, kwargs in models:
+    sizes = [args.input_size] if args.image_sizes is None else [[size] for size in args.image_sizes]
+    for (name, kwargs), args.input_size in itertools.product(models, sizes):
         for row in measure_model(name, kwargs, baseline, args, precision):
             rows.append({"model": name + "".join(f" {k}={v}" for k, v in kwargs.items()), "name": name} | row)
             print(describe(rows[-1]), flush=True)

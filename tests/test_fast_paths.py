@@ -8,8 +8,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from bench_reference import CASES, build_pair, count_saved, largest_difference
-from bench_reference import main as bench_reference
 from plain_dhvt import DAFF as PlainDAFF
 from timm.models import reparameterize_model
 from torch import nn
@@ -19,6 +17,8 @@ import main
 import models
 import speed_test
 from models.conv_norm import NormGELU
+from tests.bench_reference import CASES, build_pair, count_saved, largest_difference
+from tests.bench_reference import main as bench_reference
 from util import measure
 from util.precision import Precision
 
@@ -324,6 +324,14 @@ def test_a_sweep_is_a_table_csv_json_and_a_picture(tmp_path, capsys):
     ]
     assert len((tmp_path / "speed.csv").read_text().splitlines()) == 1 + len(rows) == 6
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_image_sizes_are_swept(tmp_path, capsys):
+    words = [f"{TINY}:depth=1", "--image-sizes", "32", "64", "--batch-size", "2", "--mode", "inference"]
+    assert speed_test.main([*words, "--device", "cpu", "--seconds", "0.01", "--output_dir", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["input_size"] for row in rows] == ["32x32", "64x64"]
+    assert rows[1]["gmacs"] > 3 * rows[0]["gmacs"]
 
 
 def test_what_does_not_fit_ends_a_sweep_and_not_the_table(monkeypatch, capsys):

@@ -12,6 +12,7 @@ import builders
 import engine
 import main
 from losses import ImageLoss
+from tests import bench_reference
 from util import options
 
 pytestmark = pytest.mark.gpu
@@ -117,3 +118,25 @@ def test_benchmark_measures_the_device():
         found = engine.benchmark(model, (32, 32), 32, engine.Precision(CUDA, torch.bfloat16), train, min_seconds=0.1)
         assert found["images_per_s"] > 0 and found["device"] == torch.cuda.get_device_name(0)
         assert 0 < found["peak_memory_mib"] < 20000
+
+
+def test_fast_paths_are_the_references_on_the_device():
+    ours, plain = bench_reference.build_pair("dhvt_tiny_imagenet_patch16", CUDA)
+    outputs, gradients = bench_reference.largest_difference(ours, plain, torch.randn(4, 3, 224, 224, device=CUDA))
+    assert outputs < 5e-3 and gradients < 5e-3  # cuDNN convolves in TensorFloat-32
+
+
+def test_the_best_setting_keeps_less_memory_than_the_published_one(tmp_path):
+    words = [
+        "--model",
+        "dhvt_tiny_imagenet_patch16",
+        "--pairs",
+        "2",
+        "--compile",
+        "--channels-last",
+        "--device",
+        "cuda",
+    ]
+    assert bench_reference.main([*words, "--json", str(tmp_path / "b.json")]) == 0
+    (row,) = json.loads((tmp_path / "b.json").read_text())
+    assert row["train"]["peak_memory_ratio"] < 0.75 and row["inference"]["share"] > 0
