@@ -166,6 +166,11 @@ def measure_models(args: argparse.Namespace, device: torch.device) -> None:
     where = f"{distributed.describe(device)}, torch {torch.__version__}, timm {timm.__version__}"
     print(f"{precision}{', compiled' if args.compile else ''}, {where}")
     print("".join(f"{name:<{width}}" for name, (width, _) in COLUMNS.items()).rstrip(), flush=True)
+    if args.output_dir:  # found out now, not after hours
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {args.output_dir}: {error}; name another folder") from None
     rows = []
     sizes = [args.input_size] if args.image_sizes is None else [[size] for size in args.image_sizes]
     for (name, kwargs), args.input_size in itertools.product(models, sizes):
@@ -246,8 +251,7 @@ def first_line(error: Exception) -> str:
 
 
 def write(rows: list[dict[str, Any]], folder: Path, where: str) -> None:
-    """Write the rows as speed.csv and speed.json, and speed.png, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the rows as speed.csv, speed.json and speed.png, each whole or not at all."""
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     table.writeheader()

@@ -1,6 +1,6 @@
 """A convolution, its batch norm and the GELU after them, run together: cheaper, with the results of the modules.
 
-Three ways, which `conv_norm` and `norm_gelu` choose from:
+Three ways, which `conv_norm` and `conv_norm_gelu` choose from:
 - folded, for inference: the norm is part of the convolution's weights, and the GELU overwrites what it is given;
 - saving, for training on the CPU in eager mode: the norm's output is computed again in the backward pass instead of
   being kept, and the GELU and the sum after it overwrite it;
@@ -121,11 +121,12 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
     They are buffers, so that they follow `.to()` and copies, and no part of the state dict, which stays as it was.
     """
-    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    shift = norm.bias.double() - norm.running_mean.double() * scale
+    wide = torch.float32 if conv.weight.device.type == "mps" else torch.float64  # the widest there
+    scale = norm.weight.to(wide) * (norm.running_var.to(wide) + norm.eps).rsqrt()
+    shift = norm.bias.to(wide) - norm.running_mean.to(wide) * scale
     if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
-    weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight)
+        shift = shift + conv.bias.to(wide) * scale
+    weight = (conv.weight.to(wide) * scale[:, None, None, None]).to(conv.weight)
     conv.register_buffer("folded_weight", weight, persistent=False)
     conv.register_buffer("folded_bias", shift.to(conv.weight), persistent=False)
 

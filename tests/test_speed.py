@@ -77,6 +77,7 @@ def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
         ("resnet18 --max-batch-size 0", "--max-batch-size 0", "at least 1"),
         ("resnet18 --seconds 0", "--seconds 0", "above 0"),
         ("resnet18 --output_dir LICENSE", "LICENSE", "name a folder"),
+        ("resnet18 --output_dir /proc/nowhere", "/proc/nowhere", "name another folder"),
         ("resnet18 --loader x", "models to measure", "--loader DATA"),
         ("--loader x --data-set DIGITS --input-size 0", "--input-size 0", "height and width"),
         ("--loader x --data-set NOPE", "NOPE", "FOLDER"),
