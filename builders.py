@@ -4,7 +4,7 @@ import argparse
 import difflib
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,28 @@ def count_head(name: str, weights: dict[str, Any]) -> int | None:
     classifier = classifier if isinstance(classifier, str) else (classifier or ("",))[0]
     head = checkpoint.strip_prefixes(weights).get(f"{classifier}.weight")
     return len(head) if isinstance(head, torch.Tensor) and head.ndim else None
+
+
+def count_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
+    if args.nb_classes is not None and args.nb_classes < len(classes):
+        raise InputError(
+            f"--nb-classes {args.nb_classes} is less than the {len(classes)} classes of the data (class "
+            f"{args.nb_classes} is {classes[args.nb_classes]}): leave it out"
+        )
+    return args.nb_classes or len(classes)
+
+
+def check_classes(
+    saved: dict[str, Any], source: str, classes: Sequence[str], remedy: str = "is --data-path right?"
+) -> None:
+    """Refuse a checkpoint of other classes than the data's, by name and number."""
+    theirs = saved.get("classes")
+    if theirs is None or list(theirs) == list(classes):
+        return
+    if len(theirs) != len(classes):
+        raise InputError(f"{source}: it has {len(theirs)} classes, and the data {len(classes)}: {remedy}")
+    i = next(i for i, (a, b) in enumerate(zip(theirs, classes, strict=True)) if a != b)
+    raise InputError(f"{source}: its class {i} is {theirs[i]}, and the data's is {classes[i]}: {remedy}")
 
 
 def build_keep_rate(args: argparse.Namespace, updates: int) -> Callable[[int], float] | None:

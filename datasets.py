@@ -23,7 +23,8 @@ from util.cifar import open_cifar
 from util.class_folders import empty_class, find_classes, some
 from util.errors import InputError
 from util.images import EncodedImage, load_rgb, read_file
-from util.sampling import EpochSampler, Seeded
+from util.preemption import shield_worker
+from util.sampling import EpochSampler, Seeded, Skipped
 from util.transforms import FastTransform, Part, normalise
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -101,6 +102,7 @@ class DatabaseImages(Dataset):
 
     def __init__(self, path: Path, transform=None, class_to_idx: dict[str, int] | None = None) -> None:
         self.records, self.transform = ImageDatabase(path), transform
+        self.records.check_table()
         self.classes = own = self.records.classes
         self.lookup = None
         if class_to_idx is None or own == list(class_to_idx):
@@ -345,6 +347,7 @@ def _loader(dataset: Dataset, args: argparse.Namespace, **kwargs) -> DataLoader:
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
         pin_memory=args.pin_mem and torch.accelerator.is_available(),
+        worker_init_fn=shield_worker,
         generator=torch.Generator(),  # the loader's own draws stay out of the main stream
         **kwargs,
     )
@@ -360,7 +363,9 @@ def build_train_loader(args: argparse.Namespace, dataset: Dataset) -> DataLoader
             "not one whole batch; lower it"
             + (", or add --no-repeated-aug" if args.repeated_aug and n // world >= args.batch_size else "")
         )
-    return _loader(Seeded(dataset, args.seed), args, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+    skipped = Skipped(len(sampler)) if args.on_bad_image == "skip" else None
+    seeded = Seeded(dataset, args.seed, skipped)
+    return _loader(seeded, args, batch_size=args.batch_size, sampler=sampler, drop_last=True)
 
 
 def build_val_loader(args: argparse.Namespace, dataset: Dataset) -> DataLoader:

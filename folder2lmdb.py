@@ -34,9 +34,9 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from util.class_folders import find_classes, list_images
+from util.class_folders import FORMATS, find_classes, list_images
 from util.errors import InputError
-from util.lmdb_file import read_transaction, rebuild
+from util.lmdb_file import DamagedError, LMDBFile, rebuild
 from util.parser import Parser
 from util.published_lmdb import LENGTH, PublishedLMDB
 
@@ -132,18 +132,18 @@ class ImageDatabase:
 
     def __init__(self, path: str | Path) -> None:
         self.path = os.path.realpath(path)
-        self.transaction = read_transaction(path)
+        self.file = LMDBFile(path)
         self.published = self.labels = self.paths = self.table = None
         try:
-            header = self.transaction.get(HEADER)
-            if header is None and self.transaction.get(LENGTH) is not None:
-                self.published = PublishedLMDB(self.path)
+            header = self.file.get(HEADER)
+            if header is None and self.file.find(LENGTH) is not None:
+                self.published = PublishedLMDB(self.path, self.file)
                 self.length, self.named = len(self.published), False
                 self.classes = [str(i) for i in range(self.published.num_classes)]
             else:
-                self._open(None if header is None else bytes(header))
-        except (lmdb.Error, pa.ArrowException, ValueError, LookupError, TypeError) as error:
-            raise self._error(f"damaged ({str(error).splitlines()[0]})") from None
+                self._open(header)
+        except (DamagedError, pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._error(f"damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
     def __reduce__(self):
         return ImageDatabase, (self.path,)
@@ -152,9 +152,9 @@ class ImageDatabase:
         return InputError(f"{self.path}: {what}; copy it, or build it again: {rebuild(self.path)}")
 
     def _open(self, header: bytes | None) -> None:
-        entries = self.transaction.stat()["entries"]
+        entries = self.file.entries
         if header is None:
-            ours = not entries or self.transaction.get(_key(0)) is not None
+            ours = not entries or self.file.find(_key(0)) is not None
             raise self._error("half-written" if ours else "an LMDB file, but not an image database")
         self.header = json.loads(header)
         if self.header["format"] != FORMAT:
@@ -168,19 +168,41 @@ class ImageDatabase:
             raise self._error(f"half-written or damaged: {entries - 2} of {self.length} images")
         self.classes = json.loads(table.schema.metadata[b"classes"])
         self.named = json.loads(table.schema.metadata[b"named"])
+        self.rows = table
         label, size, crc32, path = (table[name].chunk(0) for name in ("label", "size", "crc32", "path"))
         self.labels, self.sizes, self.checksums = (a.to_numpy(zero_copy_only=True) for a in (label, size, crc32))
         self.paths = None if path.null_count else Paths(path)
 
     def _map_table(self) -> pa.Buffer:
-        """Map the table, and read none of it: LMDB's `get` would touch all its pages."""
-        offset, size, _ = self.header["table"]
-        with open(self.path, "rb") as file:
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[offset : offset + size]
-        if not view[:6] == view[-6:] == b"ARROW1":  # it lies elsewhere in what mdb_copy compacted
-            view = self.transaction.get(TABLE)
+        """Map the table, and read none of it."""
+        found = self.file.find(TABLE)
+        if found is None:
+            raise self._error("half-written")
+        offset, size = found
+        view = memoryview(mmap.mmap(self.file.file.fileno(), 0, access=mmap.ACCESS_READ))[offset : offset + size]
         buffer = pa.py_buffer(view)
         return pa.py_buffer(bytes(view)) if buffer.address % 8 else buffer  # a small one lies anywhere in its page
+
+    def check_table(self) -> None:
+        """Read labels, paths and classes whole, and see that they are as they were written, and are possible."""
+        if self.published is not None:
+            return
+        try:
+            if not self._table_is_whole():
+                raise DamagedError("the checksum of its table of labels and paths does not match")
+            self.rows.validate(full=True)
+            names = isinstance(self.classes, list) and all(isinstance(name, str) for name in self.classes)
+            if not names or not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+                raise DamagedError("its labels and its classes do not fit")
+        except (DamagedError, pa.ArrowException, ValueError, LookupError, TypeError) as error:
+            raise self._error(f"damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+
+    def _table_is_whole(self) -> bool:
+        offset, size = self.file.find(TABLE)
+        crc = 0
+        for at in range(0, size, BATCH):  # read, because mapped pages would count as this process's
+            crc = zlib.crc32(self.file.read(offset + at, min(BATCH, size - at)), crc)
+        return crc == self.header["table"][2]
 
     def __len__(self) -> int:
         return self.length
@@ -192,25 +214,25 @@ class ImageDatabase:
         if self.published is not None:
             return self.published[index]
         try:
-            return bytes(self.transaction.get(_key(index))), int(self.labels[index])
-        except (lmdb.Error, TypeError) as error:
+            data = self.file.get(_key(index))
+        except DamagedError as error:
             raise self._error(f"{self.name(index)} cannot be read ({error})") from None
+        if data is None or zlib.crc32(data) != self.checksums[index]:
+            raise self._error(f"{self.name(index)} is {'missing' if data is None else 'not as it was written'}")
+        return data, int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"image {index}" + ("" if self.paths is None else f" ({self.paths[index]})")
 
     def verify(self) -> list[str]:
         """List what is not as it was written; the published format has no checksums to find flipped bytes by."""
-        if self.published is None and zlib.crc32(self.table) != self.header["table"][2]:
+        if self.published is None and not self._table_is_whole():
             return ["its table of labels and paths"]
         bad = []
         for i in tqdm(range(len(self)), Path(self.path).name, unit=" images", disable=None):
             try:
-                data, _ = self[i]
-                good = self.published is not None or zlib.crc32(data) == self.checksums[i]
+                self[i]
             except InputError:
-                good = False
-            if not good:
                 bad.append(self.name(i))
         return bad
 
@@ -257,7 +279,7 @@ def _load(source: Path, item: str | bytes, check: bool) -> tuple[bytes, str]:
             with open(os.path.join(source, item), "rb", buffering=0) as file:
                 data = file.readall()
         if check:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 image.load()  # an RGB image is whole now; convert would copy it
                 if image.mode != "RGB":
                     image.convert("RGB")

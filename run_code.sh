@@ -109,6 +109,8 @@ fi
 ((processes % ngpu == 0)) || stop "NGPU=$ngpu does not divide the recipe's $processes processes: give a number that does"
 
 launch=(python)
-((ngpu == 1)) || launch=(torchrun --standalone "--nproc_per_node=$ngpu")
+# a signal reaches the processes, which save the step they are in
+((ngpu == 1)) || launch=(torchrun --standalone --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    "--nproc_per_node=$ngpu")
 exec "${launch[@]}" "$here/main.py" "${flags[@]}" --accum-steps $((processes / ngpu)) \
     --output_dir "${OUT:-output/$recipe}" --resume auto "$@"

@@ -16,6 +16,7 @@ from torch import nn
 import builders
 import engine
 import main
+import training
 from losses import DistillationLoss, ImageLoss
 from util import checkpoint, options
 
@@ -148,7 +149,7 @@ def teachers(monkeypatch) -> list[nn.Module]:
         found.append(teacher)
         return teacher, classes
 
-    monkeypatch.setattr(main, "load_teacher", load)
+    monkeypatch.setattr(training, "load_teacher", load)
     return found
 
 
@@ -233,7 +234,9 @@ def test_without_distillation_the_heads_are_averaged_and_teacher_flags_are_said_
     flags = ["--teacher-path", "nowhere.pth", "--distillation-alpha", "0.9", "--distillation-tau", "2"]
     args, student = parse(*flags), build_student()
     assert builders.load_teacher(args, (32, 32)) == (None, None)
-    criterion = main.build_image_loss(args, nn.CrossEntropyLoss(), student, None, engine.Precision(torch.device("cpu")))
+    criterion = training.build_image_loss(
+        args, nn.CrossEntropyLoss(), student, None, engine.Precision(torch.device("cpu"))
+    )
     assert isinstance(criterion, ImageLoss) and isinstance(student.train()(torch.zeros(2, 3, 32, 32)), torch.Tensor)
     said = options.without_effect(args)
     names = ["--teacher-model", "--teacher-path", "--distillation-alpha", "--distillation-tau"]

@@ -94,7 +94,7 @@ evaluate = engine.evaluate
 
 def spoken(*args):
     found = evaluate(*args)
-    main.print0("EXACT", found["count"], found["acc1"], found["acc5"], found["loss"])
+    distributed.print0("EXACT", found["count"], found["acc1"], found["acc5"], found["loss"])
     return found
 
 engine.evaluate = spoken

@@ -19,7 +19,9 @@ import builders
 import datasets
 import engine
 import main
-from util import options
+import training as train_module
+from util import options, report
+from util.distributed import init
 from util.errors import InputError
 
 CPU = torch.device("cpu")
@@ -220,7 +222,7 @@ def observe(flags: list[str], capsys) -> tuple:
 def test_setting_a_flag_changes_what_a_run_does(flag, place, tmp_path, monkeypatch, capsys):
     value, context = RUNS[flag]
     measure = functools.partial(engine.benchmark, min_seconds=0.01)
-    monkeypatch.setattr(engine, "benchmark", measure)
+    monkeypatch.setattr(report, "benchmark", measure)
     context = [*TINY.split(), *context.replace("STUDENT", STUDENT).replace("EVIT", EVIT).split()]
     found = []
     for i, given in enumerate(([], [flag, *value.split()])):
@@ -255,8 +257,8 @@ def test_pinned_memory_is_for_accelerators(flags, pinned, monkeypatch):
 
 def test_the_average_can_stay_on_the_cpu(tiny_flags, monkeypatch):
     seen = []
-    ema = main.ModelEmaV3
-    monkeypatch.setattr(main, "ModelEmaV3", lambda *a, **k: seen.append(k["device"]) or ema(*a, **k))
+    ema = train_module.ModelEmaV3
+    monkeypatch.setattr(train_module, "ModelEmaV3", lambda *a, **k: seen.append(k["device"]) or ema(*a, **k))
     for flags in ([], ["--model-ema-force-cpu"]):
         assert main.main([*tiny_flags, "--batch-size", "512", *flags]) == 0
     assert seen == [None, CPU]
@@ -290,13 +292,33 @@ def test_speed_flags_reach_the_run(tiny_flags, monkeypatch):
 def test_speed_is_measured_at_a_batch_size_of_its_own(tiny_flags, monkeypatch):
     seen = []
     measure = functools.partial(engine.benchmark, min_seconds=0.01)
-    monkeypatch.setattr(engine, "benchmark", lambda *a, **k: seen.append(a[2]) or measure(*a, **k))
+    monkeypatch.setattr(report, "benchmark", lambda *a, **k: seen.append(a[2]) or measure(*a, **k))
     for flags in ([], ["--speed-batch-size", "3"]):
         assert main.main([*tiny_flags, "--batch-size", "2", "--only_test_speed", *flags]) == 0
     assert seen == [2, 2, 3, 3]
 
 
+def test_flags_of_survival_reach_the_run(tiny_flags, monkeypatch, tmp_path):
+    seen = []
+
+    def train(args, saved, source, size, precision, preemption):
+        seen.append((torch.are_deterministic_algorithms_enabled(), preemption.interval, args.on_bad_image))
+
+    monkeypatch.setattr(main.training, "train", train)
+    monkeypatch.setattr(main.distributed, "init", lambda *a: seen.append(a[2]) or init(*a))
+    try:
+        for flags in ("", "--deterministic --checkpoint-interval 0.5 --dist-timeout 7 --on-bad-image skip"):
+            assert main.main([*tiny_flags, "--output_dir", str(tmp_path / "out"), *flags.split()]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [600.0, (False, None, "error"), 7.0, (True, 0.5, "skip")]
+
+
 SPECIAL = {
+    "--deterministic": test_flags_of_survival_reach_the_run,
+    "--checkpoint-interval": test_flags_of_survival_reach_the_run,
+    "--dist-timeout": test_flags_of_survival_reach_the_run,
+    "--on-bad-image": test_flags_of_survival_reach_the_run,
     "--compile": test_speed_flags_reach_the_run,
     "--channels-last": test_speed_flags_reach_the_run,
     "--grad-checkpointing": test_speed_flags_reach_the_run,

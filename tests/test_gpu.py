@@ -1,6 +1,8 @@
 """What only a CUDA device can show; skipped without one (see conftest.py)."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -140,3 +142,33 @@ def test_the_best_setting_keeps_less_memory_than_the_published_one(tmp_path):
     assert bench_reference.main([*words, "--json", str(tmp_path / "b.json")]) == 0
     (row,) = json.loads((tmp_path / "b.json").read_text())
     assert row["train"]["peak_memory_ratio"] < 0.75 and row["inference"]["share"] > 0
+
+
+def test_deterministic_runs_are_equal(tmp_path):
+    """Each in a process of its own: cuBLAS reads its setting once."""
+    flags = [*TINY.split(), "--data-set", "DIGITS", "--no-repeated-aug", "--epochs", "1", "--deterministic"]
+    for name in ("a", "b"):
+        status, _, error = torchrun(1, *flags, "--output_dir", str(tmp_path / name))
+        assert status == 0, error
+    one, two = (torch.load(tmp_path / name / "checkpoint.pth") for name in ("a", "b"))
+    for key in ("model", "model_ema"):
+        assert all(torch.equal(a, b) for a, b in zip(one[key].values(), two[key].values(), strict=True))
+
+
+def test_a_run_goes_on_from_the_step_a_signal_came_in(tmp_path, monkeypatch):
+    flags = [*TINY.split(), "--data-set", "DIGITS", "--no-repeated-aug", "--epochs", "2", "--output_dir", str(tmp_path)]
+    add, made = engine.LossWatch.add, []
+
+    def count(*args) -> None:
+        made.append(1)
+        if len(made) == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.LossWatch, "add", count)
+        assert main.main(flags) == 75
+    saved = torch.load(tmp_path / "checkpoint.pth")
+    assert saved["position"]["update"] == 30 - 22 and "device" in saved["position"]["ranks"][0]["random"]
+    assert main.main([*flags, "--resume", "auto"]) == 0
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]

@@ -58,7 +58,8 @@ def test_published_recipes_say_what_was_published(call, tmp_path, recipe, ngpu):
     status, words, error = call("run_code.sh", recipe, "--seed", "5", **env)
     assert status == 0, error
     launch = words[: words.index(next(w for w in words if w.endswith("main.py")))]
-    several = ["torchrun", "--standalone", f"--nproc_per_node={ngpu}"]
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    several = ["torchrun", "--standalone", signals, f"--nproc_per_node={ngpu}"]
     assert [Path(launch[0]).name, *launch[1:]] == (["python"] if ngpu == 1 else several)
     args = options.parse(words[len(launch) + 1 :])
     model, data, pixels, batch, processes, lr, epochs, warmup = PUBLISHED[recipe]

@@ -17,6 +17,7 @@ from test_distributed import finish, start, torchrun
 
 import engine
 import main
+import training
 from losses import ImageLoss
 from util import checks
 from util.errors import InputError
@@ -49,7 +50,7 @@ def read_scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 def run(tmp_path_factory) -> tuple[Path, list[float]]:
     """Give the folder of three epochs that shrink in the second, and the rates that the model was called at."""
     folder, rates = tmp_path_factory.mktemp("evit"), []
-    forward = main.build_model
+    forward = training.build_model
 
     def watched(*args, **kwargs):
         model = forward(*args, **kwargs)
@@ -57,7 +58,7 @@ def run(tmp_path_factory) -> tuple[Path, list[float]]:
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "build_model", watched)
+        patch.setattr(training, "build_model", watched)
         assert main.main([*EVIT.split(), "--epochs", "3", "--output_dir", str(folder)]) == 0
     return folder, rates
 

@@ -68,18 +68,30 @@ def test_imports_run_one_way():
         "builders.py": {"util", "models"},
         "datasets.py": {"util", "folder2lmdb"},
         "folder2lmdb.py": {"util"},
-        "main.py": {"util", "builders", "engine", "datasets", "losses"},
+        "main.py": {"util", "builders", "engine", "datasets", "training"},
+        "training.py": {"util", "builders", "engine", "datasets", "losses"},
         "losses.py": set(),
         "speed_test.py": {"util", "builders", "datasets", "engine"},
     }
-    own = {"util", "models", "engine", "builders", "datasets", "folder2lmdb", "losses", "main", "speed_test"}
+    own = {
+        "util",
+        "models",
+        "engine",
+        "builders",
+        "datasets",
+        "folder2lmdb",
+        "losses",
+        "main",
+        "speed_test",
+        "training",
+    }
     for path in sources(tests=False):
         top = path.relative_to(ROOT).parts[0]
         assert imported(path) & own <= allowed[top], path
 
 
 def test_importing_everything_warns_of_nothing_deprecated():
-    code = "import main, models, engine, datasets, folder2lmdb, speed_test"
+    code = "import main, models, training, engine, datasets, folder2lmdb, speed_test"
     command = [sys.executable, "-W", "error::FutureWarning", "-W", "error::DeprecationWarning:timm", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ import datasets
 import engine
 import main
 from losses import ImageLoss
-from util import options
+from util import options, report
 from util.errors import NonFiniteLossError
 
 CPU = torch.device("cpu")
@@ -322,7 +322,7 @@ def test_benchmark_reports_repeats_and_leaves_the_model_alone():
 
 def test_only_test_speed_needs_no_data_and_writes_nothing_unless_told(tiny_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main.engine, "benchmark", quick_benchmark)
+    monkeypatch.setattr(report, "benchmark", quick_benchmark)
     flags = ["--only_test_speed", *tiny_flags, "--data-set", "IMNET", "--batch-size", "2"]
     assert main.main(flags) == 0
     out = capsys.readouterr().out

@@ -9,7 +9,9 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from torch import nn
 
 from util.errors import InputError
 
-NUMBERED = re.compile(r"checkpoint_(\d+)\.pth")
+NUMBERED = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")  # epoch, and updates made where it is not finished
+
+LARGEST_DOWNLOAD = 16 << 30  # bytes
 
 # Types that published checkpoints hold beside tensors: an argparse.Namespace with paths and NumPy numbers in it.
 ALLOWED = [
@@ -75,10 +79,11 @@ def _publish(source: Path, target: Path) -> None:
 def save(state: dict[str, Any], folder: Path, keep: int, best: bool) -> None:
     """Write checkpoint.pth, `keep` numbered files of the last epochs (two or more), and best_checkpoint.pth.
 
-    `state["epoch"]` is the last finished epoch, from 0. Files of later epochs, left by a run that was resumed from an
-    earlier one, are removed once this one is safe.
+    `state["epoch"]` is the last finished epoch, from 0; with a `state["position"]` the next has begun, and `keep` files
+    of it are kept beside those of the epochs until it is finished. Files of later moments, left by a run that was
+    resumed from an earlier one, are removed once this one is safe.
     """
-    epoch = state["epoch"]
+    now = state["epoch"] + 1, (state.get("position") or {}).get("update", 0)
     fresh = folder / ".checkpoint.new"
     try:
         with open(fresh, "wb") as f:
@@ -86,21 +91,34 @@ def save(state: dict[str, Any], folder: Path, keep: int, best: bool) -> None:
             f.flush()
             os.fsync(f.fileno())
         if keep > 1:
-            _publish(fresh, folder / f"checkpoint_{epoch:04d}.pth")
+            _publish(fresh, folder / _number(*now))
         if best:
             _publish(fresh, folder / "best_checkpoint.pth")
         _publish(fresh, folder / "checkpoint.pth")
     finally:
         fresh.unlink(missing_ok=True)
     _sync_folder(folder)
-    kept = [n for n in sorted(_numbered(folder)) if n <= epoch][-keep:] if keep > 1 else []
-    for number, path in _numbered(folder).items():
-        if number not in kept:
+    moments = _numbered(folder)
+    past = sorted(m for m in moments if m <= now) if keep > 1 else []
+    begun = [m for m in past if m[1] and m[0] == now[0] and now[1]]
+    kept = [*[m for m in past if not m[1]][-keep:], *begun[-keep:]]
+    for moment, path in moments.items():
+        if moment not in kept:
             path.unlink()
 
 
-def _numbered(folder: Path) -> dict[int, Path]:
-    return {int(m[1]): p for p in folder.iterdir() if (m := NUMBERED.fullmatch(p.name))} if folder.is_dir() else {}
+def _number(epoch: int, update: int) -> str:
+    """Name a moment's file: `update` updates of `epoch` made; 0 of one are the end of the epoch before."""
+    return f"checkpoint_{epoch:04d}_{update:06d}.pth" if update else f"checkpoint_{epoch - 1:04d}.pth"
+
+
+def _numbered(folder: Path) -> dict[tuple[int, int], Path]:
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := NUMBERED.fullmatch(path.name):
+            epoch, update = match.groups()
+            found[(int(epoch) + 1, 0) if update is None else (int(epoch), int(update))] = path
+    return found
 
 
 def find_all(folder: Path) -> list[Path]:
@@ -108,6 +126,33 @@ def find_all(folder: Path) -> list[Path]:
     numbered = _numbered(folder)
     named = [folder / "checkpoint.pth", folder / "best_checkpoint.pth"]
     return [numbered[n] for n in sorted(numbered, reverse=True)] + [path for path in named if path.is_file()]
+
+
+def mend(folder: Path, best: Path | None) -> None:
+    """Remove what a run that was killed while it saved has left; `best` is a file that it had not made the best yet."""
+    for path in folder.glob(".*"):
+        if path.name == ".checkpoint.new" or path.name.endswith(".tmp"):
+            path.unlink(missing_ok=True)
+    if best is not None and (match := NUMBERED.fullmatch(best.name)) and match[2] is None:
+        _publish(best, folder / "best_checkpoint.pth")
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Raise InputError for a write into --output_dir that fails inside."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error  # torch's writer ends in an error of its own
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        reason = cause.strerror or _first_line(cause)
+        raise InputError(
+            f"--output_dir {folder}: cannot be written ({reason}); the last checkpoint is as it "
+            "was: mend that, and go on with --resume auto"
+        ) from None
 
 
 def load(source: str | Path) -> dict[str, Any]:
@@ -149,11 +194,19 @@ def _download(url: str) -> io.BytesIO:
     from urllib.error import URLError
     from urllib.request import urlopen
 
+    data = io.BytesIO()
     try:
         with urlopen(url, timeout=60) as reply:
-            return io.BytesIO(reply.read())
-    except (URLError, OSError, ValueError) as error:
+            if not reply.url.startswith(("http://", "https://")):
+                raise ValueError(f"it leads to {reply.url}")
+            while part := reply.read(1 << 20):
+                if data.tell() + len(part) > LARGEST_DOWNLOAD:
+                    raise ValueError(f"larger than {LARGEST_DOWNLOAD >> 30} GiB; fetch it yourself, and name the file")
+                data.write(part)
+    except (URLError, HTTPException, OSError, ValueError) as error:
         raise InputError(f"{url}: cannot be fetched ({_first_line(error)})") from None
+    data.seek(0)
+    return data
 
 
 def _check_zip(data: Path | io.BytesIO, source: str | Path) -> None:
@@ -163,6 +216,8 @@ def _check_zip(data: Path | io.BytesIO, source: str | Path) -> None:
             return
     try:
         with zipfile.ZipFile(data) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed, as PyTorch does not write")  # a little file may unpack to any size
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError, zlib.error) as error:
         raise InputError(f"{source}: damaged or cut short ({_first_line(error)}); use an older checkpoint") from None
@@ -229,12 +284,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], sour
         group.update(now)
 
 
-def plain(value: Any) -> Any:
-    """Reduce to types that any torch.load and any JSON reader accepts."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+def plain(value: Any, depth: int = 3) -> Any:
+    """Reduce to types that any torch.load and any JSON reader accepts, no deeper than flags go.
+
+    A stranger's file may hold a list of references to a list of references …, which would never end.
+    """
     if isinstance(value, np.generic):
-        return value.item()
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+        value = value.item()
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, dict | list | tuple) and (not depth or len(value) > 500):
+        return "…"
+    if isinstance(value, dict):
+        return {str(k): plain(v, depth - 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, depth - 1) for v in value]
+    return str(value) if isinstance(value, pathlib.PurePath) else type(value).__name__

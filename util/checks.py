@@ -22,6 +22,8 @@ RULES: tuple[Rule, ...] = (
     ("accum_steps", lambda v: v >= 1, "at least 1"),
     ("start_epoch", lambda v: v >= 0, "0 or more"),
     ("keep_checkpoints", lambda v: v >= 1, "at least 1"),
+    ("checkpoint_interval", lambda v: v > 0, "above 0"),
+    ("dist_timeout", lambda v: v > 0, "above 0"),
     ("eval_freq", lambda v: v >= 1, "at least 1"),
     ("print_freq", lambda v: v >= 1, "at least 1"),
     ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
@@ -87,6 +89,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         value = getattr(args, dest)
         if value is not None and not (math.isfinite(value) and allowed(value)):
             raise InputError(f"{flags[dest]} {value if isinstance(value, int) else f'{value:g}'} must be {text}")
+    for dest, flag in ((d, f) for d, f in flags.items() if hasattr(args, d)):
+        values = getattr(args, dest) if isinstance(getattr(args, dest), list) else [getattr(args, dest)]
+        if any(isinstance(v, int) and abs(v) >= 2**31 for v in values):
+            raise InputError(f"{flag} {str(values[0])[:40]} is no such number: give one below {2**31}")
     if args.sched not in SCHEDULES:
         extra = " (it depends on the accuracy, so it cannot be resumed)" if args.sched == "plateau" else ""
         raise InputError(f"--sched {args.sched} is not offered{extra}: choose from {', '.join(SCHEDULES)}")

@@ -8,6 +8,9 @@ from util.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
+# Pillow would open whatever it knows by its content; for some formats it starts other programs.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
 
 def find_classes(root: Path, class_map: dict[str, int] | None = None) -> tuple[list[str], dict[str, int]]:
     """Number the class folders of `root` in the order of their names, or check them against `class_map`."""
@@ -18,6 +21,9 @@ def find_classes(root: Path, class_map: dict[str, int] | None = None) -> tuple[l
         raise InputError(f"{root}: no class folders in it; images belong into {root.name}/CLASS/")
     if class_map is None:
         return found, {name: i for i, name in enumerate(found)}
+    for name in class_map:
+        if (root / name).is_file():
+            raise InputError(f"{root / name}: a file, and a training class has that name; put the class's folder there")
     unknown = [name for name in found if name not in class_map]
     if unknown:
         raise InputError(

@@ -1,15 +1,18 @@
 """Processes and devices: the only place, the benchmark apart, that speaks to torch.distributed and torch.cuda."""
 
+import contextlib
 import gc
 import os
 import re
 import resource
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from util.errors import InputError
 
@@ -57,6 +60,13 @@ def find_world() -> tuple[int, int, int]:
     return 0, 0, 1
 
 
+def make_deterministic() -> None:
+    """Have torch take algorithms that give the same numbers each time, or raise RuntimeError; after `init`."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def local_world_size() -> int:
     """Count this run's processes on this machine."""
     return _env_int("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=1) if is_distributed() else 1
@@ -87,8 +97,15 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     return device
 
 
+_ballots: list[tuple[dist.Work, Tensor]] = []  # the vote under way
+_voters: list[dist.ProcessGroup] = []  # all processes, by gloo: votes wait for no device
+
+
 def init(device_name: str | None, backend: str | None = None, timeout_s: float = 600.0) -> torch.device:
-    """Join the other processes, if there are any, and choose this one's device."""
+    """Join the other processes, if there are any, and choose this one's device.
+
+    `timeout_s` is how long a process waits for the others before it gives them up.
+    """
     rank, local_rank, world = find_world()
     device = pick_device(device_name, local_rank)
     if world > 1 and not dist.is_initialized():
@@ -96,8 +113,13 @@ def init(device_name: str | None, backend: str | None = None, timeout_s: float =
         if not dist.is_backend_available(backend):
             raise InputError(f"--dist-backend {backend}: this torch has no such backend; gloo is for any device")
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-        except (ValueError, dist.DistError) as error:
+            timeout = timedelta(seconds=timeout_s)
+            store = next(rendezvous("env://", rank, world, timeout=timeout))[0]
+            # torchrun gives a restarted run the store of its dead predecessor, whose addresses are in it
+            attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timeout)
+            _voters[:] = [dist.new_group(timeout=timeout, backend="gloo")]
+        except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"the {world} processes of WORLD_SIZE do not meet: {reason}; use torchrun") from None
     return device
@@ -106,6 +128,7 @@ def init(device_name: str | None, backend: str | None = None, timeout_s: float =
 def is_lost_connection(error: Exception) -> bool:
     """Tell whether an error of a collective says no more than that another process is gone."""
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    lost += ("Timed out waiting", "timed out", "Timeout")
     return is_distributed() and any(words in str(error) for words in lost)
 
 
@@ -113,6 +136,8 @@ def shutdown() -> None:
     """Leave the group; a wrapped model must be gone by then, or the threads that it has may abort the process."""
     if is_distributed():
         gc.collect()
+        _ballots.clear()
+        _voters.clear()
         dist.destroy_process_group()
 
 
@@ -133,9 +158,17 @@ def is_primary() -> bool:
 
 
 def print0(*values: object, file=None) -> None:
-    """Print on rank 0, at once."""
-    if is_primary():
+    """Print on rank 0, at once. Raises InputError where nothing can be printed, as on a full disk."""
+    if not is_primary():
+        return
+    try:
         print(*values, file=file or sys.stdout, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what it still holds would be a second error when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+        raise InputError(
+            f"the output cannot be written ({error.strerror}): send it elsewhere, and start again"
+        ) from None
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -152,6 +185,40 @@ def broadcast_object(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def agree(value: int) -> int:
+    """Give the largest value that any process gave at its call before this one, and 0 at the first; alone, `value`.
+
+    No process waits for another's device here, nor for another that is less than a call behind.
+    """
+    if not is_distributed():
+        return value
+    ballot = torch.tensor(value)
+    _ballots.append((dist.all_reduce(ballot, dist.ReduceOp.MAX, group=_voters[0], async_op=True), ballot))
+    if len(_ballots) == 1:
+        return 0
+    work, ballot = _ballots.pop(0)
+    work.wait()
+    return int(ballot)
+
+
+def smallest(value: int) -> int:
+    """Give the smallest of all processes' values."""
+    if not is_distributed():
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, dist.ReduceOp.MIN, group=_voters[0])
+    return int(box)
+
+
+def gather_objects(value: object) -> list | None:
+    """Give rank 0 every process's value, by rank; the others get None."""
+    if not is_distributed():
+        return [value]
+    box = [None] * world_size() if is_primary() else None
+    dist.gather_object(value, box, group=_voters[0])
+    return box
 
 
 def broadcast_state(module: nn.Module) -> None:
@@ -178,6 +245,8 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap for training in several processes; buffers stay local, see `broadcast_buffers`."""
     if not is_distributed():
         return model
+    # of DAFF's channels-last weights: it copies them, which is right
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=None if device.type == "cpu" else [device.index],

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early with one line instead of a traceback."""
+"""The ways in which a run ends early with one line instead of a traceback."""
 
 
 class InputError(Exception):
@@ -7,3 +7,7 @@ class InputError(Exception):
 
 class NonFiniteLossError(Exception):
     """Training diverged: one line that says where and what to try, exit status 1."""
+
+
+class PreemptedError(Exception):
+    """A signal stopped the run, which goes on from where it was: one line, exit status 75 (EX_TEMPFAIL)."""

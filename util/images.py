@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from util.class_folders import FORMATS
 from util.errors import InputError
 
 END = b"\xff\xd9"  # of a JPEG that is whole
@@ -38,7 +39,7 @@ def read_file(path: str) -> bytes:
 def load_rgb(data: bytes, name: str) -> Image.Image:
     """Decode an image as the reference does: by Pillow, whole."""
     with reading(name):
-        return Image.open(BytesIO(data)).convert("RGB")
+        return Image.open(BytesIO(data), formats=FORMATS).convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -80,7 +81,7 @@ class EncodedImage:
     def __init__(self, data: bytes, name: str) -> None:
         self.data, self.name = data, name
         with reading(name):
-            self.header = Image.open(BytesIO(data))
+            self.header = Image.open(BytesIO(data), formats=FORMATS)
 
     @property
     def size(self) -> tuple[int, int]:

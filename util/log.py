@@ -1,6 +1,8 @@
 """What people see of a run: progress, log.txt, TensorBoard, curves.png, args.json."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from util import checkpoint, distributed
@@ -18,11 +22,11 @@ from util import checkpoint, distributed
 class Progress:
     """A bar on a terminal, plain lines every report otherwise; on rank 0 alone."""
 
-    def __init__(self, total: int, title: str, freq: int) -> None:
+    def __init__(self, total: int, title: str, freq: int, done: int = 0) -> None:
         self.total, self.title, self.freq = total, title, freq
-        self.done, self.started = 0, time.perf_counter()
+        self.done, self.first, self.started = done, done, time.perf_counter()
         on_terminal = sys.stderr.isatty() and distributed.is_primary()
-        self.bar = tqdm(total=total, desc=title, dynamic_ncols=True, leave=False) if on_terminal else None
+        self.bar = tqdm(total=total, initial=done, desc=title, dynamic_ncols=True, leave=False) if on_terminal else None
 
     def advance(self, done: int) -> None:
         if self.bar is not None:
@@ -36,7 +40,7 @@ class Progress:
             if done < self.total:
                 return
             self.close()  # the epoch's last line stays on the screen
-        left = (time.perf_counter() - self.started) / done * (self.total - done)
+        left = (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
         text = "  ".join(f"{k} {v}" for k, v in figures.items())
         distributed.print0(f"{self.title}  [{done}/{self.total}]  {text}  left {timedelta(seconds=round(left))}")
 
@@ -47,39 +51,47 @@ class Progress:
 
 
 class RunLog:
-    """Rank 0's files in --output_dir; every method does nothing on other ranks and without a folder."""
+    """Rank 0's files in --output_dir; every method does nothing on other ranks and without a folder.
+
+    Raises InputError where they cannot be written.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder if distributed.is_primary() else None
-        self.writer: SummaryWriter | None = None
+        self.writer: EventsWriter | None = None  # of this thread: an error in another one would end in silence
 
     def start(self, args: dict[str, Any], start_epoch: int) -> None:
         """Create the folder, write args.json, drop log.txt's lines of epochs that will be run again."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(self.folder / "args.json", (json.dumps(args, indent=1) + "\n").encode())
-        kept = [line for line in self.read() if line["epoch"] < start_epoch]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        if kept or (self.folder / "log.txt").exists():
-            checkpoint.write_atomic(self.folder / "log.txt", text.encode())
-        self.writer = SummaryWriter(str(self.folder / "runs"))
+        with checkpoint.writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomic(self.folder / "args.json", (json.dumps(args, indent=1) + "\n").encode())
+            kept = [line for line in self.read() if line["epoch"] < start_epoch]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if kept or (self.folder / "log.txt").exists():
+                checkpoint.write_atomic(self.folder / "log.txt", text.encode())
+            (self.folder / "runs").mkdir(exist_ok=True)
+            self.writer = EventsWriter(str(self.folder / "runs" / "events"), f".{os.getpid()}")
 
     def read(self) -> list[dict[str, Any]]:
-        """Read log.txt; a last line cut short by a crash is left out."""
+        """Read log.txt; lines that are none of it, as a last one cut short by a crash, are left out."""
         lines = []
         if self.folder is not None and (self.folder / "log.txt").is_file():
-            for text in (self.folder / "log.txt").read_text().splitlines():
+            for text in (self.folder / "log.txt").read_text(errors="replace").splitlines():
                 try:
-                    lines.append(json.loads(text))
-                except json.JSONDecodeError:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):
                     continue
+                if isinstance(line, dict) and type(line.get("epoch")) is int:
+                    lines.append(line)
         return lines
 
     def scalars(self, step: int, **values: float) -> None:
         if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+            with checkpoint.writing(self.folder):
+                for name, value in values.items():
+                    self.writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
 
     def epoch(self, train: dict[str, float], test: dict[str, float], **more: float) -> None:
         """Add a line to log.txt: rate and loss, evaluation if there was one, the rest; times come last."""
@@ -87,20 +99,27 @@ class RunLog:
             return
         rate_and_loss = {k: train[k] for k in ("train_lr", "train_loss")}
         speed = {k: v for k, v in train.items() if k not in rate_and_loss}
-        with open(self.folder / "log.txt", "a") as f:
+        with checkpoint.writing(self.folder), open(self.folder / "log.txt", "a") as f:
             f.write(json.dumps(rate_and_loss | test | more | speed) + "\n")
         self.scalars(more["epoch"], **{k: test[k] for k in ("test_acc1", "test_acc5") if k in test})
+        with checkpoint.writing(self.folder):
+            self.writer.flush()
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
-        lines = self.read()
-        if lines:
-            draw_curves(lines, self.folder / "curves.png")
+            with checkpoint.writing(self.folder):
+                self.writer.close()
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw curves.png from log.txt."""
+        if lines := self.read():
+            with checkpoint.writing(self.folder):
+                checkpoint.write_atomic(self.folder / "curves.png", draw_curves(lines))
 
 
-def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss, accuracy and rate by epoch from the lines of a log.txt."""
+def draw_curves(lines: list[dict[str, Any]]) -> bytes:
+    """Draw loss, accuracy and rate by epoch from the lines of a log.txt: a PNG file."""
     from matplotlib.figure import Figure  # imported where used: it takes a second, and needs no display this way
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -118,9 +137,9 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
 
 
 def describe_versions() -> dict[str, str]:

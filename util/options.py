@@ -73,6 +73,10 @@ def _add_run(parser: Parser) -> None:
         "--resume", default="", metavar="FILE|URL|auto", help="continue a run; auto: the newest in --output_dir, if any"
     )
     add("--start_epoch", default=0, type=int, help="for a checkpoint that does not say its epoch")
+    add(
+        "--checkpoint-interval", default=None, type=float, metavar="MINUTES",
+        help="a checkpoint every so often within an epoch too, besides those at its end and at a signal",
+    )  # fmt: skip
     add("--keep-checkpoints", default=2, type=int, help="how many of the last epochs' checkpoints to keep")
     add("--eval", action="store_true", help="evaluate the --resume checkpoint and stop")
     add("--use-ema", action="store_true", help="with --eval or --finetune: the checkpoint's EMA weights")
@@ -82,6 +86,7 @@ def _add_run(parser: Parser) -> None:
     add("--only_test_speed", action="store_true", help="measure throughput and MACs, then stop; needs no data")
     add("--device", default=None, help="cuda, cuda:1, cpu, …; default: the best there is")
     add("--seed", default=0, type=int)
+    add("--deterministic", action="store_true", help="the same numbers in each run, on GPUs too; slower there")
 
 
 def _add_speed(parser: Parser) -> None:
@@ -176,6 +181,7 @@ def _add_data(parser: Parser) -> None:
     add("--inat-category", default="name", choices=RANKS, help="what a class of iNaturalist is")
     add("--eval-crop-ratio", type=float, default=0.875)
     add("--transform", default="fast", choices=("fast", "timm"), help="timm: its transforms, the reference, and slower")
+    add("--on-bad-image", default="error", choices=("error", "skip"), help="skip: train on another in its place")
     add("--num_workers", type=int, default=None, help="default: this process's share of the cores, at most 10")
     _switch(group, "pin-mem", True, "page-locked batches, for accelerators")
 
@@ -209,6 +215,7 @@ def _add_pictures(parser: Parser) -> None:
 def _add_distribution(parser: Parser) -> None:
     add = parser.add_argument_group("distribution").add_argument
     add("--dist-backend", default=None, help="default: nccl on CUDA, gloo on the CPU")
+    add("--dist-timeout", default=600.0, type=float, metavar="SECONDS", help="give up on a process that is silent")
     add("--dist-eval", action="store_true")
     add("--world_size", type=int, default=1)
     add("--dist_url", default="env://")

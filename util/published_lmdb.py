@@ -6,14 +6,14 @@ one row: the pair (image bytes, label), or the length. There are no class names;
 
 from typing import Any
 
-import lmdb
 import pyarrow as pa
 
 from util.errors import InputError
-from util.lmdb_file import read_transaction, rebuild
+from util.lmdb_file import DamagedError, LMDBFile, rebuild
 
 HEADER = 16
 LENGTH = b"__len__"
+MOST_CLASSES = 100_000  # that a label is believed
 
 
 class PublishedLMDB:
@@ -22,22 +22,25 @@ class PublishedLMDB:
     Raises InputError, naming the file, when it is damaged or of another format.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, file: LMDBFile) -> None:
+        self.path, self.file = path, file
         self.length = self._value(LENGTH)
         if not isinstance(self.length, int) or self.length < 1:
             raise InputError(f"{path}: it says it holds {self.length} images; build it again: {rebuild(path)}")
-        self.num_classes = self[self.length - 1][1] + 1
+        self.num_classes = MOST_CLASSES
+        self.num_classes = self[self.length - 1][1] + 1  # they come in the classes' order
 
     def _value(self, key: bytes) -> Any:
         again = f"copy it, or build it again: {rebuild(self.path)}"
         try:
-            value = read_transaction(self.path).get(key)
+            value = self.file.get(key)
             if value is None:
                 raise InputError(f"{self.path}: no {key.decode()} in it, so it is incomplete; {again}")
-            return pa.ipc.open_stream(pa.py_buffer(bytes(value[HEADER:]))).read_all().column(0)[0].as_py()
-        except (lmdb.Error, pa.ArrowInvalid, OSError, IndexError) as error:
-            reason = str(error).splitlines()[0]
+            table = pa.ipc.open_stream(pa.py_buffer(value[HEADER:])).read_all()
+            table.validate(full=True)  # before its offsets are followed
+            return table.column(0)[0].as_py()
+        except (DamagedError, pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"{self.path}: {key.decode()} is not as the published script writes it ({reason}); {again}"
             ) from None
@@ -49,6 +52,6 @@ class PublishedLMDB:
         """Give the image's bytes, as they were in its file, and its label."""
         value = self._value(str(index).encode())
         match value:
-            case [bytes(data), int(label)] if label >= 0:
+            case [bytes(data), int(label)] if 0 <= label < self.num_classes:
                 return data, label
         raise InputError(f"{self.path}: record {index} is not an image and its label; build it again")

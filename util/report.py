@@ -8,9 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from util import checkpoint, distributed
 from util.distributed import print0
+from util.measure import benchmark, count_macs
+from util.precision import Precision
 from util.run_state import Progress
 
 
@@ -63,6 +67,25 @@ def describe_speed(found: dict[str, Any]) -> str:
         f"{found['matrix_gmacs_per_s']:.0f} GMAC/s in matrix products, {found['precision']}, peak memory "
         f"{found['peak_memory_mib']:.0f} MiB, {found['device']}, torch {found['torch']}"
     )
+
+
+def report_speed(args: argparse.Namespace, model: nn.Module, size: tuple[int, int], precision: Precision) -> None:
+    """Print throughput and MACs, on rank 0; under --output_dir they go to speed_macs.txt too."""
+    if not distributed.is_primary():
+        return
+    gmacs = count_macs(model, size)
+    lines = [f"{args.model}: {gmacs:.3f} GMACs (1 MAC = 2 FLOPs) at {size[0]}x{size[1]}"]
+    print0(lines[0])
+    batch = args.speed_batch_size or args.batch_size
+    for train in (False, True):
+        found = benchmark(model, size, batch, precision, train, compiled=args.compile, gmacs=gmacs)
+        lines.append(describe_speed(found))
+        print0(lines[-1])
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        with checkpoint.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomic(folder / "speed_macs.txt", ("\n".join(lines) + "\n").encode())
 
 
 def close(args: argparse.Namespace, progress: Progress, seconds: float) -> None:

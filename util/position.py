@@ -1,0 +1,72 @@
+"""Where in an epoch a run is, and all that it needs to go on from there as if nothing had happened."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from util import distributed
+
+
+@dataclass
+class Position:
+    """How far an epoch is: the updates made, the loss of each (of all processes), and the seconds they took.
+
+    `own` is what `capture` found in this process, where the run goes on exactly.
+    """
+
+    update: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    own: dict[str, Any] | None = None
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Give the states of this process's main random streams, as types that any torch.load takes."""
+    name, keys, at, has_gauss, gauss = np.random.get_state()
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), at, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    name, keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"], device)
+
+
+def _buffers(module: nn.Module | None) -> dict[str, Tensor]:
+    return {} if module is None else {name: buffer.detach().cpu() for name, buffer in module.named_buffers()}
+
+
+def capture(model: nn.Module, ema: ModelEmaV3 | None, device: torch.device) -> list[dict[str, Any]] | None:
+    """Collect, on rank 0, what differs from process to process in an epoch: random states and norms' statistics.
+
+    All processes must call this.
+    """
+    own: dict[str, Any] = {"random": random_states(device)}
+    if distributed.world_size() > 1:
+        own |= {"buffers": _buffers(model), "ema_buffers": _buffers(ema and ema.module)}
+    return distributed.gather_objects(own)
+
+
+def restore(own: Mapping[str, Any], model: nn.Module, ema: ModelEmaV3 | None, device: torch.device) -> None:
+    """Take up what `capture` found in this process. Raises whatever damaged content leads to."""
+    if distributed.world_size() > 1:
+        for module, key in ((model, "buffers"), (ema and ema.module, "ema_buffers")):
+            for name, buffer in module.named_buffers() if module is not None else ():
+                buffer.copy_(own[key][name])
+    set_random_states(own["random"], device)
