@@ -15,13 +15,13 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from folder2lmdb import ImageDatabase
 from util import distributed, inat
 from util.checks import FOLDERS
 from util.cifar import KINDS as CIFARS
 from util.cifar import open_cifar
 from util.class_folders import empty_class, find_classes, some
 from util.errors import InputError
+from util.image_database import ImageDatabase
 from util.images import EncodedImage, load_rgb, read_file
 from util.preemption import shield_worker
 from util.sampling import EpochSampler, Seeded, Skipped

@@ -111,7 +111,8 @@ def run_evaluation(
     dataset = datasets.build_val_dataset(args, size, saved.get("classes"))
     check_classes(saved, source, dataset.classes)
     model = load_evaluated(args, saved, source, count_classes(args, dataset.classes), size).to(precision.device)
-    print0(f"Evaluating {args.model}, {'EMA' if args.use_ema else 'raw'} weights of {source or 'timm'}")
+    weights = f"{'EMA' if args.use_ema else 'raw'} weights of {source or 'timm'}"
+    print0(f"Evaluating {args.model} at {size[0]}x{size[1]} pixels, {weights}")
     if args.test_speed:
         report_speed(args, model, size, precision)
     speed_up(args, model)
@@ -133,7 +134,12 @@ def load_evaluated(
         weights = checkpoint.strip_prefixes(saved[key])
         if finetune.resample_pos_embed(model, weights, saved):
             print0(f"{source}: its position embedding is resampled for {size[0]}x{size[1]} pixels")
-        checkpoint.load_weights(model, weights, source, f"{key} weights")
+        was = checkpoint.plain(checkpoint.flags_of(saved).get("model"), 0)
+        remedy = f"it is of --model {str(was)[:80]}" if was not in (None, args.model) else ""
+        checkpoint.load_weights(model, weights, source, f"{key} weights", remedy)
+        sizes = checkpoint.plain(checkpoint.flags_of(saved).get("input_size"), 1)
+        if isinstance(sizes, list) and tuple((sizes * 2)[:2]) != size:
+            print0(f"{source}: trained at {'x'.join(map(str, (sizes * 2)[:2]))} pixels; --input-size takes that")
     return model
 
 

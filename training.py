@@ -36,7 +36,7 @@ from util import checkpoint, distributed, finetune
 from util.distributed import print0
 from util.errors import InputError, PreemptedError
 from util.log import RunLog, describe_versions
-from util.position import Position, capture, restore
+from util.position import Position, capture, set_random_states
 from util.preemption import STOP, Preemption
 from util.report import announce, close, print_accuracy, report_speed
 from util.run_state import RunState, check_room, lock
@@ -156,8 +156,8 @@ def begin_epoch(run: Run, epoch: int, keep_rate_of: Callable[[int], float] | Non
     seed_everything(run.args.seed + distributed.rank(), epoch)
     run.train_loader.sampler.set_epoch(epoch, position.update * run.args.accum_steps * run.args.batch_size)
     state.scheduler.step(epoch)
-    if position.own is not None:  # only now: wrapping the model gave every process the norms of rank 0
-        restore(position.own, state.model, state.ema, run.precision.device)
+    if position.own is not None:
+        set_random_states(position.own, run.precision.device)
     options.on_report = partial(report_losses, run.log, first, state.scheduler, keep_rate_of)
     if keep_rate_of is not None:
         options.keep_rate = lambda update: keep_rate_of(first + update)
@@ -195,7 +195,7 @@ def log_and_save(
 
 def count_skipped(loader: DataLoader) -> int:
     """Count the images of the epoch, in all processes, that could not be read; since the run was last resumed."""
-    count = int(distributed.all_reduce(torch.tensor(loader.dataset.skipped.take())))
+    count = distributed.total(loader.dataset.skipped.take())
     if count:
         print0(f"{count} images could not be read, and others were trained on in their places (--on-bad-image skip)")
     return count
@@ -203,8 +203,8 @@ def count_skipped(loader: DataLoader) -> int:
 
 def keep(run: Run, preemption: Preemption | None) -> None:
     """Save the run as it is in the middle of an epoch."""
-    own = capture(run.state.model, run.state.ema, run.precision.device)
-    run.state.save(run.args, False, run.state.describe(run.args, run.options.position, run.updates, own))
+    ranks = capture(run.precision.device)
+    run.state.save(run.args, False, run.state.describe(run.args, run.options.position, run.updates, ranks))
     if preemption is not None:
         preemption.saved()
 

@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--channels-last", action="store_true", help="images of ours channels-last")
     parser.add_argument("--json", default=None, metavar="FILE")
     args = parser.parse_args(argv)
+    if args.pairs < 2:
+        parser.error("--pairs: two at least, for quartiles")
     device = distributed.pick_device(args.device)
     print(f"{distributed.describe(device)}, torch {torch.__version__}, timm {timm.__version__}", flush=True)
     rows = []

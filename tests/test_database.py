@@ -193,6 +193,32 @@ def test_a_database_cut_short_anywhere_is_noticed_when_it_is_opened(built, tmp_p
         ImageDatabase(tmp_path / "train.lmdb")
 
 
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_an_image_is_noticed_when_it_is_read(built, tmp_path):
+    path = tmp_path / "train.lmdb"
+    shutil.copy(built / "train.lmdb", path)
+    whole = ImageDatabase(path)[3][0]
+    flip(path, path.read_bytes().index(whole) + len(whole) // 2)
+    records = ImageDatabase(path)
+    assert records[2] == ImageDatabase(built / "train.lmdb")[2]
+    with pytest.raises(InputError, match=r"train.lmdb: image 3 \(ant/3.png\) is not as it was written"):
+        records[3]
+
+
+def test_a_flipped_bit_in_a_label_is_noticed_before_training(built, tmp_path):
+    path = tmp_path / "train.lmdb"
+    shutil.copy(built / "train.lmdb", path)
+    offset, size = ImageDatabase(path).file.find(b"table")
+    flip(path, path.read_bytes().index(np.array([0] * 8 + [1] * 8, np.int32).tobytes(), offset, offset + size))
+    with pytest.raises(InputError, match="the checksum of its table of labels and paths does not match"):
+        datasets.DatabaseImages(path)
+
+
 MEASURE = """
 import json, os, sys, time
 from folder2lmdb import ImageDatabase

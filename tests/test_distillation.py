@@ -18,7 +18,7 @@ import engine
 import main
 import training
 from losses import DistillationLoss, ImageLoss
-from util import checkpoint, options
+from util import checkpoint, options, report
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "deit_helpers.json").read_text())["distillation"]
 LABELS = torch.tensor([1, 2, 3, 9])
@@ -251,7 +251,7 @@ def test_other_students_with_two_heads_are_taken(name):
 
 def test_speed_is_measured_of_the_student_alone(teacher_file, monkeypatch, capsys):
     measure: Callable[..., dict] = engine.benchmark
-    monkeypatch.setattr(engine, "benchmark", lambda *args, **more: measure(*args, **more, min_seconds=0.01))
+    monkeypatch.setattr(report, "benchmark", lambda *args, **more: measure(*args, **more, min_seconds=0.01))
     flags = ["--distillation-type", "soft", "--teacher-path", str(teacher_file), "--test_speed", "--batch-size", "256"]
     assert main.main([*RUN, *flags]) == 0
     text = capsys.readouterr().out

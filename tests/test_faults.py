@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from test_database import alive, children
-from test_distributed import start
+from test_distributed import finish, start
 from test_resume import differences, log_of
 
 import main
@@ -263,6 +264,14 @@ def test_skipped_images_are_replaced_alike_whatever_the_workers(spoilt, tmp_path
     assert differences(*weights) == []
 
 
+def test_two_processes_count_their_skipped_images_together(spoilt, tmp_path):
+    spoil(spoilt, 1)
+    words = flags(spoilt, tmp_path / "out", "--on-bad-image", "skip", "--no-repeated-aug", "--epochs", "1")
+    status, _, error = finish(launch(str(ROOT / "main.py"), *words))
+    assert status == 0, error
+    assert [line["bad_images"] for line in log_of(tmp_path / "out")] == [1]
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_too_many_unreadable_images_stop_the_run(spoilt, tmp_path, capfd, workers):
     spoil(spoilt, 6)
@@ -317,7 +326,7 @@ def test_references_to_references_do_not_unfold(tiny_run, tiny_flags, tmp_path, 
     "change",
     [
         {"update": 10**9}, {"update": "x"}, {"losses": [float("nan")] * 3}, {"losses": None}, {"seconds": [1]},
-        {"conditions": []}, {"ranks": []}, {"ranks": [{"random": {"python": (3, (1, 2), None)}}]}, None,
+        {"conditions": []}, {"ranks": []}, {"ranks": [{"numpy": ("x", 1), "python": (3, (1, 2), None)}]}, None,
     ],
 )  # fmt: skip
 def test_a_position_that_is_none_is_refused(tiny_run, tiny_flags, tmp_path, capsys, change):
@@ -376,6 +385,7 @@ def test_an_address_that_misleads_is_refused(tmp_path, monkeypatch, kind):
             pass
 
     monkeypatch.setattr(checkpoint, "LARGEST_DOWNLOAD", 10 << 20)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of the first test that had any
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -169,6 +169,6 @@ def test_a_run_goes_on_from_the_step_a_signal_came_in(tmp_path, monkeypatch):
         patch.setattr(engine.LossWatch, "add", count)
         assert main.main(flags) == 75
     saved = torch.load(tmp_path / "checkpoint.pth")
-    assert saved["position"]["update"] == 30 - 22 and "device" in saved["position"]["ranks"][0]["random"]
+    assert saved["position"]["update"] == 30 - 22 and "device" in saved["position"]["ranks"][0]
     assert main.main([*flags, "--resume", "auto"]) == 0
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]

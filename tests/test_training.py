@@ -457,3 +457,24 @@ def test_a_killed_worker_is_one_line_with_a_hint(tiny_flags, monkeypatch, capsys
     assert main.main([*tiny_flags, "--num_workers", "1"]) == 1
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("main.py: error")]
     assert "DataLoader worker" in line and "--shm-size" in line
+
+
+def test_what_may_surprise_is_said(tiny_run, tiny_flags, tmp_path, capsys):
+    """A warm-up that does not end; an evaluation at another size; weights of another model."""
+    assert main.main([*tiny_flags, "--epochs", "2", "--warmup-epochs", "5", "--lr", "1e-3"]) == 0
+    assert (
+        "The rate only warms up, from 1e-06: --warmup-epochs 5 are not fewer than --epochs 2" in capsys.readouterr().out
+    )
+    assert main.main(tiny_flags) == 0
+    assert "warms up" not in capsys.readouterr().out
+    saved = torch.load(tiny_run / "checkpoint.pth")
+    saved["args"]["input_size"] = [24]
+    torch.save(saved, tmp_path / "c.pth")
+    assert main.main([*tiny_flags, "--eval", "--resume", str(tmp_path / "c.pth")]) == 0
+    assert "c.pth: trained at 24x24 pixels; --input-size takes that" in capsys.readouterr().out
+    words = ["--eval", "--resume", str(tmp_path / "c.pth"), "--model", "dhvt_small_cifar_patch2"]
+    assert main.main([*tiny_flags, *words, "--model-kwargs"]) == 2
+    assert "; it is of --model dhvt_tiny_cifar_patch4" in capsys.readouterr().err
+    words = ["--finetune", str(tmp_path / "c.pth"), "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"]
+    assert main.main([*tiny_flags, *words]) == 0
+    assert "tensors before the head start untrained: is it of another --model?" in capsys.readouterr().out

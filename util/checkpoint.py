@@ -197,8 +197,6 @@ def _download(url: str) -> io.BytesIO:
     data = io.BytesIO()
     try:
         with urlopen(url, timeout=60) as reply:
-            if not reply.url.startswith(("http://", "https://")):
-                raise ValueError(f"it leads to {reply.url}")
             while part := reply.read(1 << 20):
                 if data.tell() + len(part) > LARGEST_DOWNLOAD:
                     raise ValueError(f"larger than {LARGEST_DOWNLOAD >> 30} GiB; fetch it yourself, and name the file")
@@ -239,6 +237,13 @@ def _normalise(content: Any, source: str | Path) -> dict[str, Any]:
     if not isinstance(content["model"], dict):
         raise InputError(f"{source}: its model is a {type(content['model']).__name__}, not a state dict")
     return content
+
+
+def flags_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """Give the flags of the run that wrote a checkpoint, or {}."""
+    flags = saved.get("args")
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return flags if isinstance(flags, dict) else {}
 
 
 def strip_prefixes(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

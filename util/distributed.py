@@ -205,10 +205,19 @@ def agree(value: int) -> int:
 
 def smallest(value: int) -> int:
     """Give the smallest of all processes' values."""
+    return _reduce(value, dist.ReduceOp.MIN)
+
+
+def total(value: int) -> int:
+    """Give the sum of all processes' values."""
+    return _reduce(value, dist.ReduceOp.SUM)
+
+
+def _reduce(value: int, operation: dist.ReduceOp) -> int:
     if not is_distributed():
         return value
     box = torch.tensor(value)
-    dist.all_reduce(box, dist.ReduceOp.MIN, group=_voters[0])
+    dist.all_reduce(box, operation, group=_voters[0])
     return int(box)
 
 

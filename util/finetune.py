@@ -67,6 +67,8 @@ def load(
     model.load_state_dict(fitting, strict=False)
     counts = ", ".join(_count(what, names) for what, names in {"matched": list(fitting), **said}.items())
     print0(f"Fine-tuning {'EMA' if use_ema else 'raw'} weights of {source}: {counts}")
+    if 20 * matched < 19 * backbone:
+        print0(f"{backbone - matched} of {backbone} tensors before the head start untrained: is it of another --model?")
 
 
 def _count(what: str, names: list[str]) -> str:

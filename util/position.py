@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 
 from util import distributed
 
@@ -17,7 +15,7 @@ from util import distributed
 class Position:
     """How far an epoch is: the updates made, the loss of each (of all processes), and the seconds they took.
 
-    `own` is what `capture` found in this process, where the run goes on exactly.
+    `own` are this process's random streams, where the run goes on exactly.
     """
 
     update: int = 0
@@ -48,25 +46,9 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(states["device"], device)
 
 
-def _buffers(module: nn.Module | None) -> dict[str, Tensor]:
-    return {} if module is None else {name: buffer.detach().cpu() for name, buffer in module.named_buffers()}
+def capture(device: torch.device) -> list[dict[str, Any]] | None:
+    """Collect every process's random streams on rank 0; all processes must call this.
 
-
-def capture(model: nn.Module, ema: ModelEmaV3 | None, device: torch.device) -> list[dict[str, Any]] | None:
-    """Collect, on rank 0, what differs from process to process in an epoch: random states and norms' statistics.
-
-    All processes must call this.
+    Norms' statistics differ from process to process in an epoch too, but at its end all take rank 0's.
     """
-    own: dict[str, Any] = {"random": random_states(device)}
-    if distributed.world_size() > 1:
-        own |= {"buffers": _buffers(model), "ema_buffers": _buffers(ema and ema.module)}
-    return distributed.gather_objects(own)
-
-
-def restore(own: Mapping[str, Any], model: nn.Module, ema: ModelEmaV3 | None, device: torch.device) -> None:
-    """Take up what `capture` found in this process. Raises whatever damaged content leads to."""
-    if distributed.world_size() > 1:
-        for module, key in ((model, "buffers"), (ema and ema.module, "ema_buffers")):
-            for name, buffer in module.named_buffers() if module is not None else ():
-                buffer.copy_(own[key][name])
-    set_random_states(own["random"], device)
+    return distributed.gather_objects(random_states(device))

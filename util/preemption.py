@@ -9,7 +9,7 @@ from types import FrameType
 from util import distributed
 from util.errors import PreemptedError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # the last is submitit's
 NOTHING, SAVE, STOP = range(3)  # what is due
 GRACE = 30.0  # seconds, torchrun's too
 
@@ -57,6 +57,7 @@ def shield_worker(_: int = 0) -> None:
     """Have a loader's worker outlive signals that a terminal or Slurm sends to all processes; its parent ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:

@@ -35,6 +35,11 @@ def announce(
         f"{n} training and {len(val_set)} test images; an epoch of {updates} updates shows {distinct} distinct images"
         + (" (--repeated-aug)" if args.repeated_aug else "")
     )
+    if args.warmup_epochs >= args.epochs and args.sched != "constant":
+        print0(
+            f"The rate only warms up, from {args.warmup_lr:g}: --warmup-epochs {args.warmup_epochs} are not "
+            f"fewer than --epochs {args.epochs}; lower them"
+        )
     if not args.train_mode:
         print0("The model stays in evaluation mode: its norms' statistics and drop path are off (--no-train-mode)")
     elif args.finetune:

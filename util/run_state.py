@@ -18,7 +18,7 @@ from torch import nn
 from util import checkpoint, checks, distributed
 from util.distributed import print0
 from util.errors import InputError
-from util.position import Position, restore
+from util.position import Position, set_random_states
 
 OTHER_WEIGHTS = (
     "give the --model, --input-size, --nb-classes and --model-kwargs it was trained with; or did you mean --finetune?"
@@ -122,7 +122,7 @@ class RunState:
             if conditions == now:
                 if position.update < updates:
                     position.own = found["ranks"][distributed.rank()]
-                    restore(position.own, self.model, self.ema, device)  # to see it work: it is done again at its time
+                    set_random_states(position.own, device)  # to see it work: it is done again at its time
                 return position
             position.update = position.update * updates // max(1, conditions["updates"])
             changed = "; ".join(f"{k} {conditions.get(k)}, now {v}" for k, v in now.items() if conditions.get(k) != v)
@@ -162,9 +162,8 @@ class RunState:
                     f"{source}: damaged, its {name} is {str(checkpoint.plain(value, 1))[:50]}; use another"
                 )
             setattr(self.progress, name, value)
-        before = saved.get("args", {})
-        before = vars(before) if isinstance(before, argparse.Namespace) else before
-        for name, now in checkpoint.plain(vars(args)).items() if isinstance(before, dict) else ():
+        before = checkpoint.flags_of(saved)
+        for name, now in checkpoint.plain(vars(args)).items():
             then = checkpoint.plain(before.get(name, now), 2)
             if then != now and now is not None and name not in SILENT:
                 print0(f"resume: --{name} was {str(then)[:200]} and is {now} from here on")

@@ -22,7 +22,7 @@ class Skipped:
     """Count, over all workers of a process, the images of an epoch that others took the place of."""
 
     def __init__(self, images: int) -> None:
-        self.images, self.limit = images, int(BAD_SHARE * images)
+        self.images, self.limit = images, max(1, int(BAD_SHARE * images))
         self.counter = multiprocessing.Value("q", 0)
         self.told: set[str] = set()
 
