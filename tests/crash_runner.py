@@ -1,11 +1,11 @@
 """Run main.py in forked processes that end themselves at given moments; commands come as JSON lines on stdin.
 
-A command has `flags`, `ranks`, `seconds` (the limit), `out` (a folder for what the processes print), `largest` (bytes
-that a file may have, or null) and `kill`, which is null or has `rank`, `moment` (a key of MOMENTS), `count` (which time
-it comes) and `signal`. The answer has each rank's `status` (negative: the signal that ended it; "hung" beyond the
-limit), the `seconds` that passed, `reached` (whether the signal was sent), `orphans` (processes that outlived their
-ranks by ten seconds; they are ended) and `steps`: how many updates rank 0 made. torch is imported once, and nothing
-was run in the parent, so forks are cheap.
+A command has `flags`, `ranks`, `seconds` (the limit, and `grace` seconds after a process has ended for those after it),
+`out` (a folder for what the processes print), `largest` (bytes that a file may have, or null) and `kill`, which is null
+or has `rank`, `moment` (a key of MOMENTS), `count` (which time it comes) and `signal`. The answer has each rank's
+`status` (negative: the signal that ended it; "hung" beyond the limit), the `seconds` that passed, `reached` (whether
+the signal was sent), `orphans` (processes that outlived their ranks by ten seconds; they are ended) and `steps`, how
+many updates rank 0 made. torch is imported once, and nothing was run in the parent, so forks are cheap.
 """
 
 import io
@@ -175,7 +175,10 @@ def run(command: dict) -> dict:
         if not pid:
             run_rank(rank, command, port)
         pids.append(pid)
-    statuses = [wait(pid, started + command["seconds"]) for pid in pids]
+    statuses, limit = [], started + command["seconds"]
+    for pid in pids:
+        statuses.append(wait(pid, limit))
+        limit = min(limit, time.monotonic() + command["grace"])
     seconds = time.monotonic() - started
     end = time.monotonic() + 10
     while (orphans := [member for pid in pids for member in group_members(pid)]) and time.monotonic() < end:

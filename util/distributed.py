@@ -64,6 +64,7 @@ def make_deterministic() -> None:
     """Have torch take algorithms that give the same numbers each time, or raise RuntimeError; after `init`."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which finds reads of it, and costs time
     torch.backends.cudnn.benchmark = False
 
 
