@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("topk", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise InputError(f"--num_workers {args.num_workers} must be 0 or more")
     device = distributed.pick_device(args.device)
     precision = Precision(device, find_amp_dtype(args.amp, device))
     paths = find_images(args.paths)

@@ -121,9 +121,12 @@ def find_parameters(args: argparse.Namespace) -> dict[str, object]:
 def prepare(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Path]:
     """Tell the job's flags from main.py's, check both, and give the folder of the run. Raises InputError."""
     args, rest = build_parser().parse_known_args(list(argv))
-    for name in ("nodes", "cpus_per_task", "timeout"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name in ("nodes", "cpus_per_task", "timeout", "tasks_per_node"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if args.ngpus < 0:
+        raise InputError(f"--ngpus {args.ngpus} must be 0 or more")
     run = options.parse(rest)
     if not run.output_dir:
         raise InputError("--output_dir FOLDER is needed, for checkpoints and the job's own files")
@@ -160,7 +163,11 @@ def submit(args: argparse.Namespace, flags: list[str], out: Path) -> int:
         executor.update_parameters(tasks_per_node=tasks, gpus_per_node=args.ngpus, timeout_min=args.timeout)
     from run_with_submitit import Task as Importable  # this file's own name is __main__, which a job does not know
 
-    job = executor.submit(Importable(flags))
+    try:
+        job = executor.submit(Importable(flags))
+    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise InputError(f"sbatch refuses the job ({reason}); --dry-run shows its script") from None
     print(f"job {job.job_id}: the run is in {out}, what it prints in {job.paths.stdout}", flush=True)
     return 0 if args.cluster == "slurm" else wait(job)
 
@@ -190,6 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return submit(*prepare(sys.argv[1:] if argv is None else argv))
     except InputError as error:
         print(f"run_with_submitit.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        where = error.filename or "--output_dir"
+        print(f"run_with_submitit.py: error: {where}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -235,6 +235,7 @@ BAD = {
     "run's folder": (["a.png", "--checkpoint", "RUN"], "a run's folder; name the file, such as "),
     "EMA of a folder": (["a.png", "--checkpoint", "empty", "--use-ema"], "leave out --use-ema"),
     "top none": (["a.png", "--topk", "0"], "--topk 0 must be at least 1"),
+    "workers": (["a.png", "--num_workers", "-1"], "--num_workers -1 must be 0 or more"),
     "device": (["a.png", "--device", "gpu"], "--device gpu"),
     "other classes": (["a.png", "--nb-classes", "7"], "shapes differ, first head.weight (10, 32) in the file"),
 }

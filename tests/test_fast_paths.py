@@ -281,6 +281,7 @@ def test_counters_that_differ_are_said():
         ("deit_tiny_patch16_224", 1.26),
         ("deit_small_patch16_224", 4.6),
         ("deit_base_patch16_224", 17.6),
+        ("cait_xxs24_224", None),  # torch's counter fails on it, and torchprofile counts it alone
         ("dhvt_tiny_imagenet_patch16", 1.362),
         ("dhvt_small_cifar_patch2", 6.215),
     ],
@@ -289,7 +290,8 @@ def test_torchs_flop_counter_agrees(name, gmacs):
     size = timm.get_pretrained_cfg(name).input_size[-2:]
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert measure.count_macs_on_meta(model, size) == pytest.approx(gmacs, rel=1e-2)
+    found = measure.count_macs_on_meta(model, size)
+    assert found is None if gmacs is None else found == pytest.approx(gmacs, rel=1e-2)
 
 
 def test_the_comparison_with_the_reference_runs(tmp_path, capsys):

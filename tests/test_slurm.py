@@ -46,6 +46,9 @@ BAD = {
     "flag": ("--bach-size 8 --output_dir o", "--bach-size", "did you mean --batch-size?"),
     "no folder": ("--data-set DIGITS", "--output_dir", "FOLDER"),
     "nodes": ("--nodes 0 --data-set DIGITS --output_dir o", "--nodes 0", "at least 1"),
+    "GPUs": ("--ngpus -2 --data-set DIGITS --output_dir o", "--ngpus -2", "0 or more"),
+    "tasks": ("--tasks-per-node 0 --data-set DIGITS --output_dir o", "--tasks-per-node 0", "at least 1"),
+    "out below a file": ("--cluster local --data-set DIGITS --output_dir note/o", "note/o", "Not a directory"),
     "pairs": ("--slurm gres --data-set DIGITS --output_dir o", "--slurm", "key=value"),
     "local nodes": ("--cluster local --nodes 2 --data-set DIGITS --output_dir o", "--nodes 2", "leave it out"),
     "no Slurm": ("--data-set DIGITS --output_dir o", "--cluster slurm", "--cluster local"),
@@ -56,10 +59,26 @@ BAD = {
 def test_what_cannot_be_submitted_is_one_line(row, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
+    Path("note").touch()
     words, value, remedy = BAD[row]
     assert run_with_submitit.main(words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("run_with_submitit.py: error: ") and value in line and remedy in line
+
+
+def test_a_job_that_sbatch_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    for name, text in (
+        ("srun", "exit 0"),
+        ("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", "")  # it sets it, and it is put back
+    words = ["--partition", "x", "--data-set", "DIGITS", "--output_dir", str(tmp_path / "o")]
+    assert run_with_submitit.main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("run_with_submitit.py: error: sbatch refuses the job (") and "invalid partition" in line
 
 
 def test_a_missing_submitit_is_said(tmp_path, monkeypatch, capsys):
