@@ -1,389 +1,369 @@
-"""Data sets, transforms and loaders. Which images a run sees depends on seed, epoch and position alone."""
+"""Data sets and loaders: from --data-set and --data-path to batches.
 
-import argparse
+A run sees the same images, augmented in the same way, for the same seed, epoch and number of processes, whatever the
+number of workers: see data/sampler.py.
+"""
+
+import copy
 import os
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from util import distributed, inat
-from util.checks import FOLDERS
-from util.cifar import KINDS as CIFARS
-from util.cifar import open_cifar
-from util.class_folders import empty_class, find_classes, some
+from data import inaturalist
+from data.images import (
+    EncodedImage,
+    ImageArray,
+    ImageFiles,
+    apply_transform,
+    describe_names,
+    find_classes,
+    find_images,
+    list_images,
+)
+from data.lmdb import ImageDatabase
+from data.sampler import EpochSampler, SeededDataset
+from data.transforms import FastTransform, build_transform
+from util import distributed
+from util.config import (
+    FOLDER_DATA_SETS,
+    INATURALIST,
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    is_native_size,
+)
 from util.errors import InputError
-from util.image_database import ImageDatabase
-from util.images import EncodedImage, load_rgb, read_file
-from util.preemption import shield_worker
-from util.sampling import EpochSampler, Seeded, Skipped
-from util.transforms import FastTransform, Part, normalise
+from util.stop_signal import ignore_signals
 
-BICUBIC = transforms.InterpolationMode.BICUBIC
+# DeiT's default
+MAX_WORKERS = 10
 
+# as in DeiT, CIFAR is CIFAR-100
+CIFAR = {"CIFAR": CIFAR100, "CIFAR-10": CIFAR10}
 
-class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits as RGB images of `size` (height, width); 360 of them are for testing."""
-
-    classes = [str(d) for d in range(10)]
-
-    def __init__(self, train: bool, size: tuple[int, int], transform=None) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        split = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
-        images, targets = (split[0], split[2]) if train else (split[1], split[3])
-        grey = np.rint(images * (255 / 16)).astype(np.uint8)  # N, 8, 8
-        self.images = [
-            Image.fromarray(g).convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC) for g in grey
-        ]
-        self.data = np.stack([np.asarray(image) for image in self.images])  # N, height, width, 3
-        self.targets = targets.tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = self.data[index] if getattr(self.transform, "takes_encoded", False) else self.images[index]
-        return (image if self.transform is None else self.transform(image)), self.targets[index]
-
-
-def _sample(path: str, transform, data: bytes | None = None) -> torch.Tensor:
-    """Give what `transform` makes of an image file, or of the `data` found under that name; without one, RGB."""
-    data = read_file(path) if data is None else data
-    if getattr(transform, "takes_encoded", False):
-        return transform(EncodedImage(data, path))
-    image = load_rgb(data, path)
-    return image if transform is None else transform(image)
-
-
-class ClassFolders(ImageFolder):
-    """Images in a folder a class, under a given class map; unreadable files are named.
-
-    Raises InputError for a missing folder, one without class folders, a class that the map lacks, and a class folder
-    without images.
-    """
-
-    def __init__(self, root: Path, transform=None, class_to_idx: dict[str, int] | None = None) -> None:
-        self._map = class_to_idx
-        try:
-            super().__init__(str(root), transform, allow_empty=True)
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            raise InputError(f"{root}: {str(error).splitlines()[0]}") from None
-        counts = np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes))
-        for name, count in zip(self.classes, counts, strict=True):
-            if not count and (Path(root) / name).is_dir():
-                raise empty_class(Path(root) / name)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return find_classes(Path(directory), self._map)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path, target = self.samples[index]
-        return _sample(path, self.transform), target
+# a missing host, a broken download, an archive or a batch that is cut short
+CIFAR_ERRORS = (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError)
 
 
 class DatabaseImages(Dataset):
-    """Images of an LMDB that folder2lmdb.py wrote, or the published one, whose classes have numbers for names.
+    """Images of an LMDB, with the class numbers of `class_to_idx`, the training set's.
 
-    `class_to_idx`, the training set's, must cover the classes of the images; `targets` and `files` are None in a
-    published database.
+    Databases of the published script have numbers for class names, and None for `targets` and `files`.
     """
 
-    def __init__(self, path: Path, transform=None, class_to_idx: dict[str, int] | None = None) -> None:
-        self.records, self.transform = ImageDatabase(path), transform
-        self.records.check_table()
-        self.classes = own = self.records.classes
-        self.lookup = None
-        if class_to_idx is None or own == list(class_to_idx):
-            return
+    def __init__(
+        self,
+        path: Path,
+        transform: Callable | None,
+        class_to_idx: dict[str, int] | None = None,
+    ) -> None:
+        self.database = ImageDatabase(path)
+        self.database.check_table()
+        self.transform = transform
+        self.classes = self.database.classes
+        # from the database's labels to those of the training set, where the two differ
+        self.new_labels = None
+        if class_to_idx is not None and list(class_to_idx) != self.classes:
+            self._renumber(path, class_to_idx)
+
+    def _renumber(self, path: Path, class_to_idx: dict[str, int]) -> None:
+        names = self.classes
         self.classes = list(class_to_idx)
-        numbered = self.classes == [str(i) for i in range(len(self.classes))]
-        if self.records.named and numbered and len(self.classes) > 10:  # sorted as names, 10 comes before 2
-            raise InputError(f"{path}: has names of classes, and the training classes numbers; build both from folders")
-        known = f"the {len(self.classes)} training classes ({some(self.classes)})"
-        if not self.records.named:
-            if len(own) > len(self.classes):
-                raise InputError(f"{path}: label {len(own) - 1} is not among {known}; build both from one folder")
+        count = len(self.classes)
+        remedy = f"the training classes are {describe_names(self.classes)}; build both splits from one folder"
+        if not self.database.has_class_names:
+            if len(names) > count:
+                raise InputError(f"{path}: label {len(names) - 1} is not in the training set, {remedy}")
             return
-        counts = np.bincount(self.records.labels, minlength=len(own))
-        unknown = [name for name, count in zip(own, counts, strict=True) if count and name not in class_to_idx]
-        if unknown:
-            raise InputError(f"{path}: class {unknown[0]} is not among {known}; build both from one folder")
-        self.lookup = np.array([class_to_idx.get(name, -1) for name in own])
+        # the published format has numbers for names, but sorted as names "10" comes before "2"
+        if count > 10 and self.classes == [str(i) for i in range(count)]:
+            raise InputError(f"{path}: has class names, but {remedy}")
+        for label in np.unique(self.database.labels):
+            if names[label] not in class_to_idx:
+                raise InputError(f"{path}: class {names[label]} is not in the training set, {remedy}")
+        # classes without images may be unknown
+        self.new_labels = np.array([class_to_idx.get(name, -1) for name in names])
 
     @property
     def targets(self) -> np.ndarray | None:
-        labels = self.records.labels
-        return labels if self.lookup is None else self.lookup[labels]
+        labels = self.database.labels
+        return labels if self.new_labels is None else self.new_labels[labels]
 
     @property
     def files(self) -> Sequence[str] | None:
-        return self.records.paths
+        return self.database.paths
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.database)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        data, label = self.records[index]
-        label = label if self.lookup is None else int(self.lookup[label])
-        return _sample(f"{self.records.path}, {self.records.name(index)}", self.transform, data), label
-
-
-class ListedImages(Dataset):
-    """A split of iNaturalist as its lists have it, under a given class map or the training list's."""
-
-    def __init__(
-        self, root: str, name: str, train: bool, category: str, transform=None, class_map: dict[str, int] | None = None
-    ) -> None:
-        self.root, self.transform = root, transform
-        self.files, self.targets, self.classes = inat.read_split(Path(root), name, train, category, class_map)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return _sample(os.path.join(self.root, self.files[index]), self.transform), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        data, label = self.database[index]
+        if self.new_labels is not None:
+            # a plain int, as from the other data sets
+            label = int(self.new_labels[label])
+        image = EncodedImage(data, self.database.describe(index))
+        return apply_transform(self.transform, image), label
 
 
-class UnlabelledImages(Dataset):
-    """The images of a folder and of those in it, in the order of their names, without labels."""
+def load_digits(train: bool, size: tuple[int, int], transform: Callable | None) -> ImageArray:
+    """Return scikit-learn's 1,797 handwritten digits at `size` (height, width); 360 of them are for testing."""
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
 
-    def __init__(self, root: str, transform=None) -> None:
-        folder = Path(root)
-        if not folder.is_dir():
-            raise InputError(f"--image-dir {root}: no such folder")
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-        if not self.files:
-            raise InputError(f"--image-dir {root}: no images in it (looked for {', '.join(IMG_EXTENSIONS)})")
-        self.transform = transform
+    digits = datasets.load_digits()
+    splits = train_test_split(
+        digits.images,
+        digits.target,
+        test_size=360,
+        stratify=digits.target,
+        random_state=0,
+    )
+    # train images, test images, train targets, test targets
+    images, targets = splits[0::2] if train else splits[1::2]
+    # values are from 0 to 16
+    grey = np.rint(images * (255 / 16)).astype(np.uint8)  # N, 8, 8
+    resized = [Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC) for image in grey]
+    data = np.stack([np.asarray(image.convert("RGB")) for image in resized])  # N, H, W, 3
+    return ImageArray(data, targets.tolist(), [str(digit) for digit in range(10)], transform)
 
-    def __len__(self) -> int:
-        return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, None]:
-        return _sample(str(self.files[index]), self.transform), None
+def load_cifar(name: str, root: Path, train: bool, transform: Callable | None) -> ImageArray:
+    """Return CIFAR-10 or CIFAR-100. All processes call this, and rank 0 downloads what is missing.
 
-
-def spread(dataset: Dataset, count: int) -> Iterator[tuple[torch.Tensor, str | None, str]]:
-    """Yield `count` images, or all there are, evenly from a data set, with the names of their classes and files.
-
-    The images are normalised.
+    Raises InputError on all of them if that fails.
     """
-    n = len(dataset)
-    files = getattr(dataset, "files", None) or [path for path, _ in getattr(dataset, "samples", ())]
-    for i in (k * n // min(count, n) for k in range(min(count, n))):
-        image, target = dataset[i]
-        name = Path(files[i]).name if files else f"image {i}"
-        image = normalise(image) if image.dtype == torch.uint8 else image
-        yield image, None if target is None else dataset.classes[target], name
-
-
-def build_transform(
-    train: bool,
-    size: tuple[int, int],
-    *,
-    small: bool = False,
-    flip: bool = True,
-    aa: str = "none",
-    color_jitter: float = 0.4,
-    interpolation: str = "bicubic",
-    reprob: float = 0.0,
-    remode: str = "pixel",
-    recount: int = 1,
-    crop_ratio: float = 0.875,
-    three_augment: bool = False,
-    src: bool = False,
-) -> transforms.Compose:
-    """Build DeiT's transform of a PIL image to a normalised [3, H, W] tensor of `size` (height, width).
-
-    `small` is for sets whose images have that size already (CIFAR, digits): a random crop with padding 4 replaces the
-    random resized crop, and evaluation neither resizes nor crops. `three_augment` is DeiT III's in place of `aa` and
-    random erasing; with `src` too, resizing and a crop with reflected padding 4 replace the random resized crop.
-    """
-    square = size[0] if size[0] == size[1] else size
-    if not train:
-        return create_transform(square, interpolation="bicubic", crop_pct=1.0 if small else crop_ratio)
-    if three_augment:
-        aa, reprob = "3a", 0.0  # solarise, grey or blur; timm keeps the colour jitter with it
-    try:
-        transform = create_transform(
-            square,
-            is_training=True,
-            hflip=0.5 if flip else 0.0,
-            color_jitter=color_jitter or None,
-            auto_augment=None if aa.lower() in ("", "none") else aa,
-            interpolation=interpolation,
-            re_prob=reprob,
-            re_mode=remode,
-            re_count=recount,
+    cifar = CIFAR[name]
+    split = None
+    problem = None
+    # processes that download or unpack to one folder would overwrite each other's files
+    if distributed.is_primary():
+        try:
+            split = cifar(root, train, download=True)
+        except CIFAR_ERRORS as error:
+            problem = (str(error) or type(error).__name__).splitlines()[0]
+    # where the others wait until the files are complete
+    problem = distributed.broadcast_object(problem)
+    if split is None and problem is None:
+        try:
+            split = cifar(root, train)
+        except RuntimeError:
+            # the processes of other machines may not see rank 0's disk
+            problem = "rank 0 has it, but this machine does not"
+    if problem is not None:
+        # without torchvision's advice on its own arguments
+        reason = problem.partition(". You can")[0]
+        raise InputError(
+            f"{root / cifar.filename}: missing or damaged, and not downloaded ({reason}); "
+            f"put {cifar.url} there, and remove {cifar.base_folder}/ if it exists"
         )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"--aa {aa}: not a policy of timm's ({error!r}); for example rand-m9-mstd0.5-inc1") from None
-    if three_augment and src:
-        whole = transforms.Resize(size[0], BICUBIC) if size[0] == size[1] else ResizeKeepRatio(size, 0, "bicubic")
-        crop = [whole, transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
-    elif small:
-        crop = [transforms.RandomCrop(size, padding=4)]
-    else:
-        return transform
-    resized_crops = (RandomResizedCropAndInterpolation, transforms.RandomResizedCrop)
-    at = next(i for i, t in enumerate(transform.transforms) if isinstance(t, resized_crops))
-    transform.transforms[at : at + 1] = crop
-    return transform
+    return ImageArray(split.data, split.targets, list(split.classes), transform)
+
+
+def _resolve_root(data: DataConfig) -> Path:
+    in_folders = data.name in FOLDER_DATA_SETS
+    if data.lmdb and not in_folders:
+        raise InputError(f"--use-lmdb: --data-set {data.name} does not consist of class folders; leave it out")
+    # the digits come with scikit-learn
+    if not data.root and data.name != "DIGITS":
+        layout = ", with train/CLASS/ and val/CLASS/ in it" if in_folders else ""
+        raise InputError(f"--data-set {data.name} needs data; add --data-path FOLDER{layout}")
+    return Path(data.root or "")
+
+
+def _resolve_split(data: DataConfig, train: bool) -> Path:
+    name = "train" if train else "val"
+    return _resolve_root(data) / (f"{name}.lmdb" if data.lmdb else name)
 
 
 def build_dataset(
-    name: str,
-    root: str | None,
+    data: DataConfig,
     train: bool,
-    size: tuple[int, int],
-    transform,
+    config: ModelConfig,
+    transform: Callable | None,
     class_to_idx: dict[str, int] | None = None,
-    use_lmdb: bool = False,
-    inat_category: str = "name",
 ) -> Dataset:
-    """Open one split of a data set, under `class_to_idx` where its files do not number the classes themselves.
+    """Return one split, with `classes`, `targets`, `files` (either may be None) and `transform`.
 
-    A split of class folders is `root`/train or val, or with `use_lmdb` train.lmdb or val.lmdb.
+    `class_to_idx` numbers the classes of folders, databases and iNaturalist; by default the split does. All processes
+    call this together. Raises InputError for missing, damaged and inconsistent data.
     """
-    if name == "DIGITS":
-        return Digits(train, size, transform)
-    if name in CIFARS:
-        return open_cifar(name, root, train, transform)
-    if name in inat.YEARS:
-        return ListedImages(root, name, train, inat_category, transform, class_to_idx)
-    if use_lmdb:
-        return DatabaseImages(Path(root) / ("train.lmdb" if train else "val.lmdb"), transform, class_to_idx)
-    return ClassFolders(Path(root) / ("train" if train else "val"), transform, class_to_idx)
+    root = _resolve_root(data)
+    # images in memory
+    if data.name == "DIGITS":
+        return load_digits(train, config.input_size, transform)
+    if data.name in CIFAR:
+        return load_cifar(data.name, root, train, transform)
+    # files named by lists
+    if data.name in INATURALIST:
+        files, targets, classes = inaturalist.read_split(
+            root,
+            data.name,
+            train,
+            data.inat_category,
+            class_to_idx,
+        )
+        paths = [os.path.join(root, file) for file in files]
+        return ImageFiles(paths, targets, classes, transform)
+    # class folders, or a database that was made of them
+    folder = _resolve_split(data, train)
+    if data.lmdb:
+        return DatabaseImages(folder, transform, class_to_idx)
+    classes, class_to_idx = find_classes(folder, class_to_idx)
+    files, targets = list_images(folder, class_to_idx)
+    return ImageFiles(files, targets, classes, transform)
 
 
-def default_workers() -> int:
-    """Give this process's share of the machine's cores, at most 10."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(10, max(1, cores // distributed.local_world_size()))
+def build_train_set(data: DataConfig, config: ModelConfig, augment: AugmentConfig) -> Dataset:
+    transform = build_transform(
+        True,
+        config,
+        augment,
+        native_size=is_native_size(data.name, config.input_size),
+        # a mirrored digit is not a digit
+        flip=data.name != "DIGITS",
+    )
+    if data.transform == "fast":
+        transform = FastTransform(transform)
+    return build_dataset(data, True, config, transform)
 
 
-def is_small(args: argparse.Namespace, size: tuple[int, int]) -> bool:
-    """Say whether the images come in `size`: digits are made up to 32 pixels, CIFAR's have 32."""
-    return max(size) == 32 if args.data_set in CIFARS else args.data_set == "DIGITS" and max(size) <= 32
+def _resolve_class_to_idx(data: DataConfig, classes: Sequence[str] | None) -> dict[str, int] | None:
+    """Return the class numbers of the training split, or of `classes` where there is none.
 
-
-def find_class_map(args: argparse.Namespace, classes: Sequence[str] | None) -> dict[str, int] | None:
-    """Number the classes as the training split does; without one, as people have who only evaluate, as `classes` are.
-
-    None where neither is there, or where the validation split is numbered without help.
+    None leaves them to the validation split.
     """
-    root = Path(args.data_path or "")
-    if args.data_set in FOLDERS:
-        train = root / ("train.lmdb" if args.use_lmdb else "train")
-        if train.exists():
-            classes = DatabaseImages(train).classes if args.use_lmdb else find_classes(train)[0]
-    elif args.data_set not in inat.YEARS or inat.find_list(root, args.data_set, True).exists():
+    # those who only evaluate need no training images
+    if data.name in FOLDER_DATA_SETS:
+        path = _resolve_split(data, train=True)
+        if path.exists():
+            classes = ImageDatabase(path).classes if data.lmdb else find_classes(path)[0]
+    elif data.name not in INATURALIST:
+        return None
+    # read_split reads the training list itself
+    elif inaturalist.list_file(_resolve_root(data), data.name, train=True).exists():
         return None
     return {name: i for i, name in enumerate(classes)} if classes else None
 
 
-def _build_split(args: argparse.Namespace, train: bool, size: tuple[int, int], transform, class_map=None) -> Dataset:
-    where = args.data_set, args.data_path, train
-    return build_dataset(*where, size, transform, class_map, args.use_lmdb, args.inat_category)
+def build_val_set(data: DataConfig, config: ModelConfig, classes: Sequence[str] | None = None) -> Dataset:
+    """Return the validation split with the training split's class numbers.
 
+    `classes`, a checkpoint's, count where there is no training split. Prints which classes have no images.
+    """
+    transform = build_transform(
+        False,
+        config,
+        native_size=is_native_size(data.name, config.input_size),
+    )
+    if data.transform == "fast":
+        transform = FastTransform(transform)
+    class_to_idx = _resolve_class_to_idx(data, classes)
+    dataset = build_dataset(data, False, config, transform, class_to_idx)
 
-def build_val_dataset(args: argparse.Namespace, size: tuple[int, int], classes: Sequence[str] | None) -> Dataset:
-    """Open the validation split under the training split's class map, else a checkpoint's `classes`, else its own."""
-    transform = build_transform(False, size, small=is_small(args, size), crop_ratio=args.eval_crop_ratio)
-    transform = FastTransform(transform) if args.transform == "fast" else transform
-    dataset = _build_split(args, False, size, transform, find_class_map(args, classes))
-    missing = []
+    # the accuracy on fewer classes cannot be compared with others
     if dataset.targets is not None:
-        missing = sorted(set(dataset.classes) - {dataset.classes[t] for t in np.unique(dataset.targets)})
-    if missing:
-        distributed.print0(
-            f"The validation set lacks {len(missing)} of the {len(dataset.classes)} classes: {', '.join(missing[:5])}"
-        )
+        missing = np.setdiff1d(range(len(dataset.classes)), dataset.targets)
+        if len(missing):
+            names = describe_names([dataset.classes[i] for i in missing])
+            total = len(dataset.classes)
+            distributed.print0(f"The validation set lacks {len(missing)} of the {total} classes: {names}")
     return dataset
 
 
-def build_image_dataset(args: argparse.Namespace, size: tuple[int, int]) -> Dataset:
-    """Open --image-dir, with the transform of the validation set."""
-    transform = build_transform(False, size, small=False, crop_ratio=args.eval_crop_ratio)
-    return UnlabelledImages(args.image_dir, transform)
+def build_image_set(folder: str | Path, config: ModelConfig) -> ImageFiles:
+    """Return the images of a folder and its subfolders, prepared as for evaluation, without labels."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--image-dir {folder}: no such folder")
+    return ImageFiles(find_images(folder), None, [], build_transform(False, config))
 
 
-def build_train_dataset(args: argparse.Namespace, size: tuple[int, int]) -> Dataset:
-    transform = build_transform(
-        True,
-        size,
-        small=is_small(args, size),
-        flip=args.data_set != "DIGITS",  # a mirrored digit is another sign
-        aa=args.aa,
-        color_jitter=args.color_jitter,
-        interpolation=args.train_interpolation,
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
-        three_augment=args.ThreeAugment,
-        src=args.src,
-    )
-    transform = FastTransform(transform) if args.transform == "fast" else transform
-    return _build_split(args, True, size, transform)
+def evenly_spaced(dataset: Dataset, count: int) -> Iterator[tuple[Tensor, str | None, str]]:
+    """Yield `count` images, or all if there are fewer, from all parts of a data set.
+
+    Each is a normalized float image [3, H, W], its class if known, and the name of its file.
+    """
+    if isinstance(dataset.transform, FastTransform):
+        # it leaves normalizing to the device, its reference does not
+        dataset = copy.copy(dataset)
+        dataset.transform = dataset.transform.reference
+    count = min(count, len(dataset))
+    for k in range(count):
+        i = k * len(dataset) // count
+        image, target = dataset[i]
+        label = None if target < 0 else dataset.classes[target]
+        name = f"image {i}" if dataset.files is None else Path(dataset.files[i]).name
+        yield image, label, name
 
 
-def _loader(dataset: Dataset, args: argparse.Namespace, **kwargs) -> DataLoader:
-    workers = default_workers() if args.num_workers is None else args.num_workers
+def default_workers() -> int:
+    """Return this process's share of the cores, at most MAX_WORKERS."""
+    cores = os.cpu_count() or 1
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    # Slurm binds each process to its share of the cores. Processes of torchrun may all run on all of theirs.
+    if available == cores or "LOCAL_WORLD_SIZE" in os.environ:
+        available //= distributed.local_world_size()
+    return max(1, min(available, MAX_WORKERS))
+
+
+def _build_loader(dataset: Dataset, data: DataConfig, **kwargs) -> DataLoader:
+    workers = default_workers() if data.num_workers is None else data.num_workers
     return DataLoader(
         dataset,
         num_workers=workers,
+        # starting them takes seconds, in every epoch
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        pin_memory=args.pin_mem and torch.accelerator.is_available(),
-        worker_init_fn=shield_worker,
-        generator=torch.Generator(),  # the loader's own draws stay out of the main stream
+        pin_memory=data.pin_memory,
+        # the main process ends its workers itself
+        worker_init_fn=ignore_signals,
+        # the seeds that the loader draws must not come from the main random stream
+        generator=torch.Generator(),
         **kwargs,
     )
 
 
-def build_train_loader(args: argparse.Namespace, dataset: Dataset) -> DataLoader:
-    """Build the loader of whole batches; its sampler wants `set_epoch` before each epoch."""
-    world, n = distributed.world_size(), len(dataset)
-    sampler = EpochSampler(n, args.repeated_aug, args.seed, distributed.rank(), world)
-    if len(sampler) < args.batch_size:
-        raise InputError(
-            f"--batch-size {args.batch_size}: {n} training images give each of {world} process(es) {len(sampler)}, "
-            "not one whole batch; lower it"
-            + (", or add --no-repeated-aug" if args.repeated_aug and n // world >= args.batch_size else "")
-        )
-    skipped = Skipped(len(sampler)) if args.on_bad_image == "skip" else None
-    seeded = Seeded(dataset, args.seed, skipped)
-    return _loader(seeded, args, batch_size=args.batch_size, sampler=sampler, drop_last=True)
+def build_train_loader(
+    dataset: Dataset,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    repeated_aug: bool,
+    seed: int,
+) -> DataLoader:
+    """Return the loader of this process's share, in whole batches. Call its `sampler.set_epoch` before each epoch.
 
-
-def build_val_loader(args: argparse.Namespace, dataset: Dataset) -> DataLoader:
-    """Build this process's share of the validation set: every image is in exactly one share."""
-    share = range(distributed.rank(), len(dataset), distributed.world_size())
-    return _loader(dataset, args, batch_size=max(1, int(1.5 * args.batch_size)), sampler=share)
-
-
-def build_benchmark_loaders(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, DataLoader]:
-    """Build the training loader with each --transform, and for image files loaders that only decode, or only read.
-
-    They are for `measure.benchmark_loaders`.
+    Raises InputError if the share is smaller than a batch.
     """
-    loaders = {}
-    for name in ("timm", "fast", *(("decode", "read") if args.data_set in (*FOLDERS, *inat.YEARS) else ())):
-        each = argparse.Namespace(**vars(args) | {"transform": "timm" if name == "timm" else "fast"})
-        dataset = build_train_dataset(each, size)
-        if name in ("decode", "read"):
-            dataset.transform = Part(name == "decode")
-        loaders[name] = build_train_loader(each, dataset)
-    return loaders
+    n = len(dataset)
+    world = distributed.world_size()
+    sampler = EpochSampler(n, repeated_aug, seed, distributed.rank(), world)
+    if len(sampler) < batch_size:
+        remedy = "lower it"
+        # repeated augmentation shows a third of the images per epoch
+        if repeated_aug and n // world >= batch_size:
+            remedy = "lower it or add --no-repeated-aug"
+        per_process = f"{len(sampler)} training images per process and epoch"
+        raise InputError(f"--batch-size {batch_size}: only {per_process}, of {n} in all; {remedy}")
+    return _build_loader(
+        SeededDataset(dataset, seed),
+        data,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=True,
+    )
+
+
+def build_val_loader(dataset: Dataset, data: DataConfig, *, batch_size: int) -> DataLoader:
+    """Return the loader of this process's share of the validation set."""
+    # without padding, so that each image counts once
+    share = range(distributed.rank(), len(dataset), distributed.world_size())
+    return _build_loader(dataset, data, batch_size=batch_size, sampler=share)

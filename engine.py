@@ -1,285 +1,399 @@
-"""Training, evaluation and measurement of one model; none of it knows the command line."""
+"""Training, evaluation and measurement of one model; none of it knows the command line.
 
+The loops follow DeiT's engine (arXiv 2012.12877, https://github.com/facebookresearch/deit); evaluation is exact.
+"""
+
+import copy
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchprofile import profile_macs
 
 from util import distributed
-from util.errors import NonFiniteLossError, PreemptedError
-from util.log import Progress
-from util.measure import benchmark, compare, count_macs, folded
-from util.position import Position
+from util.checkpoint import TrainState
+from util.errors import NonFiniteLossError, StoppedError
+from util.log import EpochProgress, RunLog
 from util.precision import Precision
-from util.preemption import NOTHING, STOP
-from util.transforms import to_device
+from util.stop_signal import CONTINUE, STOP, StopSignal
 
-__all__ = ["Precision", "StepOptions", "benchmark", "compare", "count_macs", "evaluate", "train_one_epoch"]
+Criterion = Callable[[Tensor, Tensor | tuple[Tensor, Tensor], Tensor], Tensor]  # images, outputs, targets -> loss
+Prepare = Callable[[Tensor], Tensor]  # images as loaded -> images as the model takes them, on its device
+
+REPEATS = 5  # the last so many repeats are what a benchmark reports
+STEADY = 3.0  # percent within which they lie in a steady one
+TRAIN_PASSES = 3  # a training step's products, in forward passes
 
 
-@dataclass
-class StepOptions:
-    """How an update is made: batches summed up, gradient clipping, mixing of images, reports, the model's mode.
-
-    `keep_rate` gives the rate of an update of the epoch, for models that reorganise tokens. The epoch begins at
-    `position`, which follows it from report to report. After each update `due` says what is (see util/preemption.py),
-    and `keep` saves the position then.
-    """
-
-    accum_steps: int = 1
-    clip_grad: float | None = None
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    print_freq: int = 10
-    on_report: Callable[[int, list[float]], None] | None = None  # first update of the epoch reported, their losses
-    train_mode: bool = True
-    frozen: Sequence[nn.Module] = ()  # in evaluation mode all the same
-    keep_rate: Callable[[int], float] | None = None
-    remode: str = "pixel"  # what random erasing fills the boxes with that come with the images
-    position: Position = field(default_factory=Position)
-    due: Callable[[], int] = lambda: NOTHING
-    keep: Callable[[], None] = lambda: None
+def seed_everything(*seed: int) -> None:
+    """Seed the main random streams from a few numbers, for example (seed, epoch, update)."""
+    a, b, c = np.random.SeedSequence(seed).generate_state(3).tolist()
+    random.seed(a)
+    np.random.seed(b)
+    torch.manual_seed(c)
 
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: Callable[[Tensor, Tensor | tuple[Tensor, Tensor], Tensor], Tensor],
+    criterion: Criterion,
     loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
     precision: Precision,
-    epoch: int,
-    options: StepOptions,
-    ema: nn.Module | None = None,
+    state: TrainState,
+    *,
+    prepare: Prepare,
+    seed: int,
+    log: RunLog,
+    stop: StopSignal | None = None,
+    accum_steps: int = 1,
+    clip_grad: float | None = None,
+    mixup: Mixup | None = None,
+    keep_rate: Callable[[int], float] | None = None,
+    print_freq: int = 10,
 ) -> dict[str, float]:
-    """Train for one pass over the loader; `model` may be wrapped for several processes.
+    """Train the rest of the epoch after `state.epoch`; `model` is `state.model`, or its wrapper for several processes.
 
-    `criterion(samples, outputs, targets)` is called outside autocast, with the model's outputs as they are.
-
-    The loss stays on the device and is read every `print_freq` updates, averaged over the processes: nothing else in
-    the loop waits for the device. The batches left over at the end make a last, smaller update. Returns train_loss,
-    train_lr, images_per_s (all processes) and data_wait (share of the time spent waiting for data). The loader begins
-    after the batches of `options.position`, whose updates are not made again, and counts them in its length.
-
-    Raises NonFiniteLossError and, once the position is kept, PreemptedError on every process alike.
+    `criterion` is called outside autocast; `keep_rate` is the share of tokens that EViT keeps, by the update counted
+    over all epochs. The batches left at the end make a last, smaller update. Losses are read every `print_freq`
+    updates: nothing else in the loop waits for the device. Returns numbers for log.txt. Raises NonFiniteLossError,
+    and StoppedError once the state is saved, on every process alike.
     """
-    model.train(options.train_mode)
-    for module in options.frozen:
-        module.eval()
-    device, accum, position = precision.device, options.accum_steps, options.position
-    batches, updates = len(loader), math.ceil(len(loader) / accum)
-    watch = LossWatch(optimizer, precision, epoch, model, position.losses)
-    progress = Progress(updates, f"Epoch {epoch}", options.print_freq, position.update)
-    meter = Meter(position.seconds)
-    source = iter(loader) if position.update < updates else iter(())
-    for update in range(position.update, updates):
-        count = min(accum, batches - update * accum)
-        keep_rate = () if options.keep_rate is None else (options.keep_rate(update),)
-        optimizer.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), device=device)
-        for k in range(count):
-            samples, targets = meter.wait(source)
-            samples = precision.lay_out(to_device(samples, device, options.remode))
-            targets = targets.to(device, non_blocking=True)
-            if options.mixup is not None:
-                samples, targets = options.mixup(samples, targets)
-            loss_sum += backward(model, criterion, samples, targets, precision, count, k == count - 1, keep_rate)
-        apply_gradients(model, optimizer, precision, options.clip_grad)
-        if ema is not None:
-            ema.update(distributed.unwrap(model))
-        watch.add(loss_sum)
-        due = options.due()
-        if due or (update + 1) % options.print_freq == 0 or update + 1 == updates:
-            report(watch, progress, meter, update + 1, options)
-        else:
-            progress.advance(update + 1)
-        if due:
-            watch.check_weights()
-            options.keep()
-        if due == STOP:
-            progress.close()
-            raise PreemptedError(f"in epoch {epoch} after update {update + 1} of {updates}")
+    epoch = state.epoch + 1
+    updates = math.ceil(len(loader) / accum_steps)
+    batches = iter(loader) if state.update < updates else iter(())
+    progress = EpochProgress(updates, f"Epoch {epoch}", first=state.update, seconds_before=state.seconds)
+    pending = []  # losses that are still on the device
+
+    for update in range(state.update, updates):
+        # random numbers of its own for each update, so that a resumed run draws the same ones
+        seed_everything(seed, epoch, update)
+        if keep_rate is not None:
+            state.keep_rate = keep_rate(epoch * updates + update)
+        state.optimizer.zero_grad(set_to_none=True)
+        count = min(accum_steps, len(loader) - update * accum_steps)
+        loss = torch.zeros((), device=precision.device)
+        for i in range(count):
+            images, targets = progress.wait(batches)
+            images = prepare(images)  # B, C, H, W
+            targets = targets.to(precision.device, non_blocking=True)
+            if mixup is not None:
+                images, targets = mixup(images, targets)  # targets: B, classes
+            last = i == count - 1
+            loss += backward(model, criterion, images, targets, precision, 1 / count, state.keep_rate, last)
+        step(model, state, clip_grad)
+
+        # the update is made: from here on it can be saved
+        state.update = update + 1
+        pending.append(loss)
+        request = CONTINUE if stop is None else stop.agree()
+        if request or state.update % print_freq == 0 or state.update == updates:
+            losses = read_losses(pending, state)
+            log.updates(epoch * updates + state.update - len(losses), losses, state.lr, keep_rate)
+            state.seconds = progress.seconds
+            progress.report(state.update, statistics.fmean(losses), state.lr)
+        if request:
+            save_on_request(request, state, stop, progress)
     progress.close()
-    watch.check_weights()
+    check_weights(state)
     return {
-        "train_loss": math.fsum(watch.losses) / len(watch.losses),
-        "train_lr": watch.lr,
-        "images_per_s": meter.images_per_s,
-        "data_wait": meter.data_wait,
+        "train_lr": state.lr,
+        "train_loss": math.fsum(state.losses) / max(1, len(state.losses)),
+        **progress.throughput(),
     }
-
-
-class Meter:
-    """Count this process's images and the seconds in which it waited for them; `before` passed in an earlier run."""
-
-    def __init__(self, before: float = 0.0) -> None:
-        self.started, self.waited, self.images, self.before = time.perf_counter(), 0.0, 0, before
-
-    def wait(self, source: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        started = time.perf_counter()
-        samples, targets = next(source)
-        self.waited += time.perf_counter() - started
-        self.images += len(targets)
-        return samples, targets
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def images_per_s(self) -> float:
-        """Give the rate of all processes."""
-        return self.images * distributed.world_size() / self.elapsed
-
-    @property
-    def data_wait(self) -> float:
-        return self.waited / self.elapsed
-
-
-def report(watch: "LossWatch", progress: Progress, meter: Meter, done: int, options: StepOptions) -> None:
-    """Read the losses since the last report, and tell of them; `done` updates of the epoch are made."""
-    losses = watch.read()
-    options.position.update, options.position.seconds = done, meter.before + meter.elapsed
-    if options.on_report is not None:
-        options.on_report(done - len(losses), losses)
-    progress.report(
-        done,
-        loss=f"{statistics.fmean(losses):.4f}",
-        lr=f"{watch.lr:.6f}",
-        images_per_s=f"{meter.images_per_s:.1f}",
-        data=f"{meter.data_wait:.0%}",
-    )
 
 
 def backward(
     model: nn.Module,
-    criterion: Callable[[Tensor, Tensor | tuple[Tensor, Tensor], Tensor], Tensor],
-    samples: Tensor,
+    criterion: Criterion,
+    images: Tensor,
     targets: Tensor,
     precision: Precision,
-    count: int,
-    last: bool,
-    keep_rate: tuple[float, ...] = (),
+    share: float,
+    keep_rate: float | None,
+    synchronize: bool,
 ) -> Tensor:
-    """Add the gradients of one of an update's `count` batches, and give its part of the loss.
-
-    The processes' gradients are summed up with the `last`.
-    """
-    with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+    """Add one batch's gradients to those of its update, of which it is a `share`; return its part of the loss."""
+    # the processes' gradients are averaged once per update, with its last batch
+    averaging = nullcontext() if synchronize or not hasattr(model, "no_sync") else model.no_sync()
+    with averaging:
         with precision.autocast():
-            outputs = model(samples, *keep_rate)
-        loss = criterion(samples, outputs, targets) / count
+            outputs = model(images) if keep_rate is None else model(images, keep_rate)
+        loss = criterion(images, outputs, targets) * share
         precision.scaler.scale(loss).backward()
     return loss.detach()
 
 
-def apply_gradients(
-    model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, clip_grad: float | None
-) -> None:
-    """Make an update of the gradients, clipped to the norm `clip_grad` if there is one."""
+def step(model: nn.Module, state: TrainState, clip_grad: float | None) -> None:
+    """Update weights and EMA; gradients are clipped to the norm `clip_grad` if it is given."""
     if clip_grad is not None:
-        precision.scaler.unscale_(optimizer)
+        state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    precision.scaler.step(optimizer)
-    precision.scaler.update()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.ema is not None:
+        state.ema.update(state.model)
 
 
-class LossWatch:
-    """Collect losses on the device, read them together, and stop every process when one is not finite."""
+def read_losses(pending: list[Tensor], state: TrainState) -> list[float]:
+    """Read the pending losses, each averaged over the processes, into `state`. Raises NonFiniteLossError."""
+    losses = distributed.all_reduce(torch.stack(pending)).div_(distributed.world_size()).tolist()
+    pending.clear()
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise diverged(f"the loss is {loss}", state)
+    state.losses += losses
+    return losses
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        epoch: int,
-        model: nn.Module,
-        losses: list[float],
-    ) -> None:
-        self.optimizer, self.precision, self.epoch, self.model = optimizer, precision, epoch, model
-        self.window: list[Tensor] = []
-        self.losses = losses  # of the epoch's updates so far; it grows
 
-    @property
-    def lr(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
+def check_weights(state: TrainState) -> None:
+    """Raise NonFiniteLossError for weights that the last update has spoiled, before they are saved."""
+    tensors = [tensor for tensor in state.model.state_dict().values() if tensor.is_floating_point()]
+    spoiled = torch.stack([tensor.isfinite().all() for tensor in tensors]).logical_not().sum()
+    if distributed.all_reduce(spoiled).item():
+        raise diverged("the weights are no longer finite", state)
 
-    def add(self, loss: Tensor) -> None:
-        self.window.append(loss)
 
-    def read(self) -> list[float]:
-        """Wait for the device; return the losses since the last call, the mean over the processes of each."""
-        losses = distributed.all_reduce(torch.stack(self.window)).div_(distributed.world_size()).tolist()
-        for i, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                self._stop(f"loss is {loss}", len(self.losses) + i)
-        self.window.clear()
-        self.losses += losses
-        return losses
+def diverged(what: str, state: TrainState) -> NonFiniteLossError:
+    """Return the error of a training that diverged."""
+    grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads).item() if grads else math.nan
+    scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0
+    return NonFiniteLossError(
+        f"{what} in epoch {state.epoch + 1}, update {state.update} (lr {state.lr:.3g}, loss scale {scale:g}, "
+        f"last gradient norm {norm:.3g}); the last checkpoint is intact; try a lower --lr, --clip-grad 1, longer "
+        "--warmup-epochs, --amp bf16 or off, and continue with --resume"
+    )
 
-    def check_weights(self) -> None:
-        """Refuse weights that the epoch's last update has spoiled: they would be saved."""
-        tensors = [t.detach() for t in distributed.unwrap(self.model).state_dict().values() if t.is_floating_point()]
-        spoiled = torch.stack([t.isfinite().all() for t in tensors]).logical_not().sum()
-        if distributed.all_reduce(spoiled).item():
-            self._stop("the weights are no longer finite", len(self.losses) - 1)
 
-    def _stop(self, what: str, update: int) -> None:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads).item() if grads else float("nan")
-        scale = self.precision.scaler.get_scale() if self.precision.scaler.is_enabled() else 1.0
-        raise NonFiniteLossError(
-            f"{what} in epoch {self.epoch}, step {update} (lr {self.lr:.3g}, loss scale {scale:g}, last gradient norm "
-            f"{norm:.3g}); the last checkpoint, if any, is kept; try a lower --lr, --clip-grad 1, longer "
-            "--warmup-epochs, or --amp bf16 or off, and go on with --resume"
+def save_on_request(request: int, state: TrainState, stop: StopSignal, progress: EpochProgress) -> None:
+    """Save in the middle of an epoch; raise StoppedError if that is what the processes agreed on."""
+    check_weights(state)
+    state.save()
+    if request == STOP:
+        progress.close()
+        raise StoppedError(
+            f"stopped by {stop.name} in epoch {state.epoch + 1} after update {state.update}; it is saved, and the same "
+            "command with --resume auto continues"
         )
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    loader: Iterable,
+    loader: Iterable[tuple[Tensor, Tensor]],
     precision: Precision,
+    *,
+    prepare: Prepare,
     keep_rate: float | None = None,
-    due: Callable[[], int] | None = None,
-) -> dict[str, float]:
-    """Evaluate all processes' shares together; every sample counts once, whatever the number of processes.
+    stop: StopSignal | None = None,
+) -> dict[str, Any]:
+    """Evaluate the processes' shares of a data set together; every image counts once for any number of processes.
 
-    Returns loss (mean cross-entropy), acc1 and acc5 (percent; the second is top-min(5, classes)), topk (that number)
-    and count (of images). `model` is not the one wrapped for several processes, and has `num_classes`; `keep_rate`
-    is for one that reorganises tokens, in place of its own. Raises PreemptedError on every process when `due` says
-    STOP (see util/preemption.py).
+    `model` has `num_classes` and is not wrapped. Returns loss (mean cross-entropy), acc1 and acc5 (percent; the latter
+    is top-min(5, classes)), topk (that number) and count (of images). Raises StoppedError on every process alike.
     """
     model.eval()
-    asked = distributed.smallest(len(loader)) if due is not None else 0  # a share may have a batch more than another
-    rate = () if keep_rate is None else (keep_rate,)
-    device, topk = precision.device, min(5, model.num_classes)
-    hits = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-k
-    loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    count = 0
-    with folded(model):
-        for i, (samples, targets) in enumerate(loader):
-            if i < asked and due() == STOP:
-                raise PreemptedError("in its evaluation")
-            samples = precision.lay_out(to_device(samples, device))
-            targets = targets.to(device, non_blocking=True)
-            with precision.autocast():
-                logits = model(samples, *rate)
-            logits = logits.float()  # B, classes
-            loss += F.cross_entropy(logits, targets, reduction="none").to(loss.dtype).sum()
-            found = logits.topk(topk, dim=1).indices == targets[:, None]  # B, k
-            hits += torch.stack([found[:, 0].sum(), found.sum()])
-            count += len(targets)
-    total = torch.cat([loss[None], hits.to(loss.dtype), torch.full_like(loss[None], count)])
-    loss, top1, top5, count = distributed.all_reduce(total).tolist()
+    device = precision.device
+    topk = min(5, model.num_classes)
+    # sums over the share: loss, top-1 hits, top-k hits, images, processes that were asked to stop
+    totals = torch.zeros(5, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    for images, targets in loader:
+        if stop is not None and stop.should_stop():
+            totals[4] = 1
+            break
+        images = prepare(images)  # B, C, H, W
+        targets = targets.to(device, non_blocking=True)
+        with precision.autocast():
+            logits = model(images) if keep_rate is None else model(images, keep_rate)
+        logits = logits.float()  # B, classes
+        hits = logits.topk(topk, dim=1).indices == targets[:, None]  # B, k
+        totals[0] += F.cross_entropy(logits, targets, reduction="none").to(totals.dtype).sum()
+        totals[1] += hits[:, 0].sum()
+        totals[2] += hits.sum()
+        totals[3] += len(targets)
+    loss, top1, topk_hits, count, stopped = distributed.all_reduce(totals).tolist()
+    if stopped:
+        raise StoppedError(f"stopped by {stop.name} in an evaluation; --resume auto continues with it")
     return {
         "loss": loss / count,
         "acc1": 100 * top1 / count,
-        "acc5": 100 * top5 / count,
+        "acc5": 100 * topk_hits / count,
         "topk": topk,
         "count": int(count),
     }
+
+
+def benchmark(
+    model: nn.Module,
+    input_size: tuple[int, int],
+    batch_size: int,
+    precision: Precision,
+    *,
+    train: bool = False,
+    min_seconds: float = 1.0,
+    compiled: bool = False,
+    gmacs: float,
+) -> dict[str, Any]:
+    """Measure the throughput of a copy of the model on random images: inference, or training steps with AdamW.
+
+    Repeats of at least `min_seconds` are timed until the last five lie within 3 %, or 30 times as long has passed.
+    Returns the conditions and, of the last five: the medians images_per_s and ms_per_batch, the spread (percent of the
+    median), whether that is steady, the rate of plain matrix products (matrix_gmacs_per_s) and the share of it that
+    the model's `gmacs` per image reach, and peak_memory_mib.
+    """
+    device = precision.device
+    step = make_step(model, input_size, batch_size, precision, train, compiled)
+
+    # Warm up: the first calls compile, allocate and choose kernels. Then find how many calls fill a repeat.
+    distributed.reset_peak_memory(device)
+    time_calls(step, 2, device)
+    calls = 1
+    while time_calls(step, calls, device) < min_seconds:
+        calls *= 2
+    peak_memory = distributed.peak_memory_mib(device)  # now, since the matrices below take memory too
+
+    # Time repeats until they are steady. The machine's speed drifts, so its matrix rate is measured at both ends.
+    rate_before = matrix_rate(precision, min_seconds / 4)
+    times = []
+    spread = math.inf
+    deadline = time.perf_counter() + 30 * min_seconds
+    while len(times) < REPEATS or (spread > STEADY and time.perf_counter() < deadline):
+        times.append(time_calls(step, calls, device) / calls)
+        last = times[-REPEATS:]
+        median = statistics.median(last)
+        spread = 100 * (max(last) - min(last)) / median
+    matrix_gmacs = (rate_before + matrix_rate(precision, min_seconds / 4)) / 2
+
+    # What the model's own products amount to per second, beside plain products of the same kind.
+    model_gmacs = gmacs * (TRAIN_PASSES if train else 1) * batch_size / median
+    return {
+        "mode": "train" if train else "inference",
+        "images_per_s": batch_size / median,
+        "ms_per_batch": 1000 * median,
+        "spread": spread,
+        "steady": spread <= STEADY,
+        "matrix_gmacs_per_s": matrix_gmacs,
+        "share": 100 * model_gmacs / matrix_gmacs,
+        "peak_memory_mib": peak_memory,
+        "batch_size": batch_size,
+        "input_size": f"{input_size[0]}x{input_size[1]}",
+        "precision": f"{precision}, compiled" if compiled else str(precision),
+        "device": distributed.describe(device),
+        "torch": torch.__version__,
+    }
+
+
+def compare_steps(
+    step: Callable, baseline_step: Callable, batch_size: int, device: torch.device, pairs: int
+) -> dict[str, float]:
+    """Time two steps in turns, so that whatever slows the machine down for a while slows both.
+
+    Returns the ratio of the baseline's time to the step's (median of `pairs` turns, quartiles ratio_q1 and ratio_q3)
+    and the medians images_per_s and baseline_images_per_s.
+    """
+    turns = []
+    for _ in range(2 + pairs):
+        turns.append((time_calls(step, 1, device), time_calls(baseline_step, 1, device)))
+    # The first two turns warm up: they compile, allocate and choose kernels.
+    times, baseline_times = zip(*turns[2:], strict=True)
+    # Of the ratios within a turn, not the ratio of the medians: the machine's speed drifts from turn to turn.
+    ratios = [b / t for t, b in zip(times, baseline_times, strict=True)]
+    q1, ratio, q3 = statistics.quantiles(ratios, method="inclusive")
+    return {
+        "ratio": ratio,
+        "ratio_q1": q1,
+        "ratio_q3": q3,
+        "images_per_s": batch_size / statistics.median(times),
+        "baseline_images_per_s": batch_size / statistics.median(baseline_times),
+    }
+
+
+def make_step(
+    model: nn.Module,
+    input_size: tuple[int, int],
+    batch_size: int,
+    precision: Precision,
+    train: bool,
+    compiled: bool,
+) -> Callable:
+    """Return a function that runs a copy of the model on random images: one folded forward pass, or one update."""
+    # Already normalised and on the device: loading is measured by speed_test.py --loader.
+    shape = (batch_size, getattr(model, "in_chans", 3), *input_size)
+    images = precision.to_memory_format(torch.randn(shape, device=precision.device))
+    # A copy, since folding and training change the weights.
+    model = copy.deepcopy(model).train(train)
+    if not train:
+        reparameterize_model(model, inplace=True)
+    # After folding, which makes new weights.
+    if precision.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if compiled:
+        model.compile()
+
+    @torch.inference_mode()
+    def inference_step() -> None:
+        with precision.autocast():
+            model(images)
+
+    if not train:
+        return inference_step
+    targets = images.new_zeros(batch_size, dtype=torch.long)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def training_step() -> None:
+        optimizer.zero_grad()
+        with precision.autocast():
+            outputs = model(images)
+        loss = F.cross_entropy(outputs.float(), targets)
+        precision.scaler.scale(loss).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+
+    return training_step
+
+
+def time_calls(step: Callable, calls: int, device: torch.device) -> float:
+    """Return the seconds that so many calls take, until the device has finished them."""
+    # A device computes behind Python's back: without waiting at both ends, only the launches would be timed.
+    distributed.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    distributed.synchronize(device)
+    return time.perf_counter() - start
+
+
+def matrix_rate(precision: Precision, seconds: float) -> float:
+    """Return the best rate of plain matrix products, in GMAC/s, that the device reached within `seconds`."""
+    # Large enough to keep every core busy, small enough to be repeated within `seconds`.
+    n = 1024 if precision.device.type == "cpu" else 8192
+    a = torch.ones(n, n, dtype=precision.dtype, device=precision.device)
+    out = torch.empty_like(a)
+    # The fastest one counts, since anything else that runs on the machine only slows it down.
+    times = []
+    while sum(times) < seconds or len(times) < 2:
+        times.append(time_calls(lambda: torch.mm(a, a, out=out), 1, precision.device))
+    return n**3 / 1e9 / min(times)
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, input_size: tuple[int, int]) -> float:
+    """Return the GMACs (1 MAC = 2 FLOPs) of one image of `input_size` (height, width) in eval mode, by torchprofile."""
+    # In float32 on the CPU, where every model runs; the caller's model stays where it is
+    model = copy.deepcopy(model).cpu().float().eval()
+    image = torch.zeros(1, getattr(model, "in_chans", 3), *input_size)
+    with warnings.catch_warnings():
+        # torchprofile uses a deprecated tracer, and lists every operation without products
+        warnings.simplefilter("ignore")
+        return profile_macs(model, image) / 1e9

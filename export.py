@@ -1,140 +1,154 @@
-"""Write a trained model in others' formats: safetensors as timm and the Hugging Face hub have it, and ONNX.
+"""Export a trained model: safetensors as timm and the Hugging Face hub have it, and ONNX.
 
-`python export.py --checkpoint output/mine/best_checkpoint.pth --out exported` makes a folder that
-`timm.create_model("local-dir:exported", pretrained=True)` loads, and predict.py; with --onnx, model.onnx is in it too.
+`python export.py --checkpoint output/mine/best_checkpoint.pth --out exported` writes a folder that predict.py and
+`timm.create_model("local-dir:exported", pretrained=True)` load. With --onnx it also holds model.onnx.
 """
 
-import argparse
 import hashlib
 import json
-import logging
-import os
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from safetensors import SafetensorError
 from timm.models import save_for_hf
+from timm.utils import reparameterize_model
 
-import trained
+from models.build import TrainedModel, load_trained
+from util.command import REQUIRED, Parser, add_flags, add_model_flags, model_overrides, run_command
 from util.errors import InputError
-from util.measure import folded
-from util.parser import Parser
+from util.weights import first_line
 
-TOLERANCE = 1e-4  # of the largest logit
+FLAGS = (
+    ("--out", str, REQUIRED, "folder to write model.safetensors and config.json to"),
+    ("--onnx", bool, False, "also write model.onnx, verified with ONNX Runtime"),
+    ("--overwrite", bool, False, "replace --out once the new folder is complete"),
+)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status: 0, or 2 for what the caller can mend."""
+def check_onnx_packages() -> None:
+    """Raise InputError if ONNX Runtime is missing, or onnxscript, which torch's exporter needs."""
     try:
-        run(build_parser().parse_args(sys.argv[1:] if argv is None else list(argv)))
-    except InputError as error:
-        print(f"export.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:
-        print(f"export.py: error: {error.filename or '--out'}: {error.strerror}", file=sys.stderr, flush=True)
-        return 2
-    return 0
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="export.py", description=__doc__.partition("\n")[0])
-    trained.add_flags(parser)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="made, with model.safetensors and config.json")
-    parser.add_argument("--onnx", action="store_true", help="model.onnx too, which ONNX Runtime has computed alike")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out, once the new one is complete")
-    return parser
-
-
-def run(args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    if out.exists() and not (args.overwrite and out.is_dir()):
-        raise InputError(f"--out {out}: is there already; add --overwrite, or name another folder")
-    if args.overwrite and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise InputError(f"--out {out}: holds other things than an exported model; name another folder")
-    if args.onnx:
-        import_onnx()
-    found = trained.load(args)
-    unfinished = out.absolute().with_name(f".{out.absolute().name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        write_safetensors(found, unfinished)
-        if args.onnx:
-            write_onnx(found, unfinished / "model.onnx")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    for path in sorted(out.iterdir()):
-        data = path.read_bytes()
-        print(f"{path}  {len(data):,} bytes  sha256 {hashlib.sha256(data).hexdigest()}")
-    print(f'timm.create_model("local-dir:{out}", pretrained=True) loads it, after `import models` of this repository')
-
-
-def write_safetensors(found: trained.Trained, folder: Path) -> None:
-    """Write model.safetensors and config.json."""
-    config = {"label_names": found.classes} if found.classes else {}
-    data = {"input_size": (3, *found.size), "crop_pct": found.crop_ratio, "interpolation": "bicubic"}
-    data |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_mode": "center"}
-    save_for_hf(found.model, str(folder), config, safe_serialization=True, data_config=data)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which others could not read
-
-
-def import_onnx():
-    """Give onnx and onnxruntime. Raises InputError where they, or the exporter's own need, are missing."""
-    try:
-        import onnx
-        import onnxruntime
-
-        if find_spec("onnxscript") is None:  # torch's exporter wants it
-            raise ModuleNotFoundError(name="onnxscript")
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(
             f"--onnx needs {error.name}, which is not installed: pip install -r requirements-extra.txt"
         ) from None
-    return onnx, onnxruntime
 
 
-def write_onnx(found: trained.Trained, path: Path) -> None:
-    """Write a graph of normalised images [batch, 3, height, width] to logits [batch, classes], and check it.
+def write_safetensors(trained: TrainedModel, folder: Path) -> None:
+    """Write model.safetensors and config.json as timm does, with the names of the classes."""
+    config = trained.config
+    save_for_hf(
+        trained.model,
+        folder,
+        model_config={"label_names": trained.classes} if trained.classes else None,
+        safe_serialization=True,
+        data_config={
+            "input_size": (3, *config.input_size),
+            "crop_pct": config.crop_ratio,
+            "crop_mode": "center",
+            "interpolation": "bicubic",
+            "mean": config.mean,
+            "std": config.std,
+        },
+    )
+    # safetensors lets only the owner read its files
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
-    DHVT's norms are folded in it.
 
-    Raises InputError where torch cannot export the model, or ONNX Runtime computes other logits.
+def write_onnx(trained: TrainedModel, path: Path) -> None:
+    """Write a graph of normalized images [batch, 3, height, width] -> logits [batch, classes], and verify it.
+
+    Norm layers are folded into convolutions. Raises InputError if torch cannot export the model, or if ONNX Runtime
+    computes other logits than PyTorch.
     """
-    onnx, onnxruntime = import_onnx()
-    images = torch.randn(3, 3, *found.size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = found.model(images)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), folded(found.model):
-        warnings.simplefilter("ignore")  # the exporter's own, of its insides
+    import onnxruntime
+
+    images = torch.randn(3, 3, *trained.config.input_size)
+    expected = trained.model(images).detach()  # 3, classes
+
+    # the exporter warns of its own internals
+    with warnings.catch_warnings(action="ignore"):
         try:
             program = torch.onnx.export(
-                found.model, (images[:2],), dynamo=True, input_names=["images"], output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
-            )  # fmt: skip
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"--onnx: {found.name} cannot be exported ({str(error).splitlines()[0]})") from None
-    graph = program.model_proto
-    facts = {"input_size": found.size, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    facts |= {"crop_ratio": found.crop_ratio, "interpolation": "bicubic", "classes": found.classes}
-    onnx.helper.set_model_props(graph, {k: json.dumps(v) for k, v in facts.items()})
-    onnx.checker.check_model(graph)
-    path.write_bytes(graph.SerializeToString())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for count in (1, 3):
-        (logits,) = session.run(None, {"images": images[:count].numpy()})
-        difference = (torch.from_numpy(logits) - expected[:count]).abs().max() / expected.abs().max()
-        if not difference <= TOLERANCE:
-            raise InputError(f"--onnx: ONNX Runtime's logits differ by {difference:.1e} of their scale: leave it out")
-        print(f"ONNX Runtime, batch {count}: logits differ by {difference:.1e} of their scale")
+                reparameterize_model(trained.model),
+                (images[:2],),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: "batch"},),
+                verbose=False,
+            )
+        except Exception as error:
+            # it fails in many ways; safetensors do not need it
+            raise InputError(f"--onnx: torch cannot export this model ({first_line(error)}); leave it out") from None
+
+    # the file says how images are prepared, and what the logits stand for
+    properties = {**asdict(trained.config), "interpolation": "bicubic", "classes": trained.classes}
+    for name, value in properties.items():
+        program.model.metadata_props[name] = json.dumps(value)
+    program.save(path)
+
+    # verify it against the norm layers as they were, at another batch size than it was exported at
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    difference = (torch.from_numpy(logits) - expected).abs().max() / expected.abs().max()
+    # NaN is not within the tolerance either
+    if not difference <= 1e-4:
+        raise InputError(f"--onnx: ONNX Runtime's logits differ by {difference:.1e} of the largest; leave it out")
+    print(f"ONNX Runtime's logits differ by {difference:.1e} of the largest")
+
+
+def run(argv: list[str]) -> None:
+    parser = Parser(prog="export.py", description=__doc__)
+    add_flags(parser, FLAGS)
+    add_model_flags(parser)
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    if out.exists():
+        if not args.overwrite:
+            raise InputError(f"--out {out}: exists already; add --overwrite, or name another folder")
+        # nothing but an exported model, or an empty folder, is replaced
+        if any(out.iterdir()) and not (out / "config.json").is_file():
+            raise InputError(f"--out {out}: holds something other than an exported model; name another folder")
+    # before anything is downloaded or written
+    if args.onnx:
+        check_onnx_packages()
+    trained = load_trained(args.checkpoint, use_ema=args.use_ema, **model_overrides(args))
+
+    # write to a temporary folder beside --out, and rename it once it is complete
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            folder = Path(temporary, "new")
+            write_safetensors(trained, folder)
+            if args.onnx:
+                write_onnx(trained, folder / "model.onnx")
+            if out.exists():
+                # it is deleted with the temporary folder
+                out.rename(Path(temporary, "old"))
+            folder.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--out {out}: {first_line(error)}") from None
+
+    # sizes and checksums, as the Hugging Face hub shows them
+    for path in sorted(out.iterdir()):
+        data = path.read_bytes()
+        print(f"{path}  {len(data):,} bytes  sha256 {hashlib.sha256(data).hexdigest()}")
+    print(
+        f'load it with timm.create_model("local-dir:{out}", pretrained=True) after `import models` of this repository'
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("export.py", run, argv)
 
 
 if __name__ == "__main__":

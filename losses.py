@@ -1,19 +1,22 @@
-"""Training criteria as engine.py calls them: criterion(samples, outputs, targets) -> loss."""
+"""Training criteria, called as criterion(samples, outputs, targets) -> loss.
+
+Distillation reference:
+    Training data-efficient image transformers & distillation through attention, arXiv 2012.12877
+    https://github.com/facebookresearch/deit
+"""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BaseLoss = Callable[[Tensor, Tensor], Tensor]
-
 
 class ImageLoss(nn.Module):
-    """Apply a loss of (outputs, targets), in float32 whatever the model ran in; the images are not needed."""
+    """The loss `loss(outputs, targets)`, computed in float32 whatever precision the model ran in."""
 
-    def __init__(self, loss: BaseLoss) -> None:
+    def __init__(self, loss: Callable) -> None:
         super().__init__()
         self.loss = loss
 
@@ -22,48 +25,62 @@ class ImageLoss(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """Mix a loss of the class head with what a teacher says of the same images (DeiT, arXiv 2012.12877).
+    """Knowledge distillation through a distillation token: (1 - alpha) * base loss + alpha * distillation loss.
 
-    The outputs are the student's two heads (class, distillation), each B, classes. The loss is
-    base(class head, targets) * (1 - alpha) + distillation * alpha, in float32, where the distillation head is compared
-    with the teacher's most likely class by cross-entropy ("hard"), or with all that it says, at temperature tau, by
-    KL(teacher || student) * tau^2 / (B * classes) ("soft").
-
-    `teacher` stays in eval mode and runs within `autocast()`, the run's precision.
+    Outputs are the logits of the student's class head and distillation head, each [B, classes]. The base loss,
+    `base(outputs, targets)`, compares the class head with the targets. The distillation loss compares the distillation
+    head with the teacher's logits for the same images: "hard" is the cross-entropy with the teacher's most likely
+    class, "soft" is KL(teacher || student) at temperature `tau`, times tau^2 / (B * classes). Both are computed in
+    float32. The teacher stays in eval mode, gets no gradients and runs within `autocast()`.
     """
 
     def __init__(
         self,
-        base: BaseLoss,
+        base: Callable,
         teacher: nn.Module,
         kind: str,
         alpha: float,
         tau: float,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable = nullcontext,
     ) -> None:
         super().__init__()
         if kind not in ("soft", "hard"):
             raise ValueError(f"distillation is soft or hard, not {kind}")
-        self.base, self.kind, self.alpha, self.tau, self.autocast = base, kind, alpha, tau, autocast
+        self.base = base
         self.teacher = teacher.requires_grad_(False).eval()
+        self.kind = kind
+        self.alpha = alpha
+        self.tau = tau
+        self.autocast = autocast
 
-    def train(self, mode: bool = True) -> "DistillationLoss":
-        """Set the mode of all but the teacher: its batch norms must not move."""
+    def train(self, mode: bool = True):
         super().train(mode)
+        # the running statistics of its norm layers must not change
         self.teacher.eval()
         return self
 
     def forward(self, samples: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-        if not isinstance(outputs, tuple):  # two rows of one tensor would unpack as well
-            raise TypeError("distillation needs the outputs of two heads: was set_distilled_training(True) called?")
-        logits, distilled = (x.float() for x in outputs)
-        base = self.base(logits, targets)
+        # one tensor with a batch of two would unpack as well
+        if not isinstance(outputs, tuple):
+            raise TypeError("distillation needs the outputs of two heads: call model.set_distilled_training(True)")
+        class_logits, distillation_logits = (logits.float() for logits in outputs)
+        # the class head learns from the labels
+        base_loss = self.base(class_logits, targets)
+
+        # the teacher sees the same images, mixed and augmented as they are
         with torch.no_grad(), self.autocast():
-            said = self.teacher(samples)
-        said = said.float()  # B, classes
+            teacher_logits = self.teacher(samples).float()  # B, classes
+
+        # the distillation head learns from the teacher
         if self.kind == "hard":
-            distillation = F.cross_entropy(distilled, said.argmax(dim=1))
+            distillation_loss = F.cross_entropy(distillation_logits, teacher_logits.argmax(dim=1))
         else:
-            log_p, log_q = (F.log_softmax(x / self.tau, dim=1) for x in (distilled, said))
-            distillation = F.kl_div(log_p, log_q, reduction="sum", log_target=True) * self.tau**2 / distilled.numel()
-        return base * (1 - self.alpha) + distillation * self.alpha
+            kl_divergence = F.kl_div(
+                F.log_softmax(distillation_logits / self.tau, dim=1),
+                F.log_softmax(teacher_logits / self.tau, dim=1),
+                reduction="sum",
+                log_target=True,
+            )
+            # DeiT's mean is over B * classes; "batchmean" is over B
+            distillation_loss = kl_divergence * self.tau**2 / distillation_logits.numel()
+        return base_loss * (1 - self.alpha) + distillation_loss * self.alpha

@@ -1,172 +1,399 @@
-"""One experiment: build data and model, then measure, evaluate or train. `python main.py --help` lists the flags."""
+"""Train, evaluate, measure or visualize a model: python main.py --help lists the flags.
+
+The recipes are here, from top to bottom. The command line follows DeiT's (https://github.com/facebookresearch/deit),
+EViT's (https://github.com/youweiliang/evit) and DHVT's (https://github.com/ArieSeirack/DHVT).
+"""
 
 import argparse
+import copy
+import math
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from timm.data import Mixup
+from timm.optim import optimizer_kwargs
+from timm.scheduler import scheduler_kwargs
+from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch.utils.data import DataLoader
 
 import datasets
 import engine
-import training
-from builders import (
-    build_model,
-    check_classes,
-    count_classes,
-    count_head,
-    find_amp_dtype,
-    find_input_size,
-    seed_everything,
-    speed_up,
-)
-from util import checkpoint, checks, distributed, finetune, options, visualize
+from data.transforms import DeviceTransform
+from losses import DistillationLoss, ImageLoss
+from models import build
+from models.dhvt import DHVT
+from util import distributed, log, optim, options, visualize, weights
+from util.checkpoint import TrainState, check_output_dir, resolve_resume, write_atomic
+from util.command import model_overrides, run_command
+from util.config import DataConfig, ModelConfig
 from util.distributed import print0
-from util.errors import InputError, NonFiniteLossError, PreemptedError
-from util.preemption import Preemption, follow_parent
-from util.report import print_accuracy, report_speed
-from util.run_state import check_output_dir, load_resumed, unlock
+from util.errors import InputError
+from util.keep_rate import keep_rate_at
+from util.precision import Precision, resolve_amp_dtype
+from util.stop_signal import StopSignal
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status.
+def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | None) -> None:
+    """Train a model from the beginning, from other weights (--finetune) or from a checkpoint (--resume)."""
+    if args.output_dir:
+        check_output_dir(args.output_dir, args.resume)
+    else:
+        print0("Nothing will be saved: there is no --output_dir")
+    resume = resolve_resume(args.resume, args.output_dir)
+    saved = weights.load(resume) if resume else {}
+    config = options.model_config(args)
+    teacher = None
+    if args.distillation_type != "none":
+        teacher = build.load_teacher(args.teacher_path, config, args.teacher_model, "teacher_model" in args.given)
+    if args.test_speed:
+        measure_speed(args, config, precision)
 
-    0; 2 for what the caller can mend; 1 for a diverged training or a lost process; 75 where a signal stopped a run
-    that goes on from there, and 130 where Ctrl-C stopped something else.
-    """
-    try:
-        args = options.parse(sys.argv[1:] if argv is None else argv)
-        follow_parent()
-        run(args, distributed.init(args.device, args.dist_backend, args.dist_timeout))
-    except (InputError, NonFiniteLossError, PreemptedError, KeyboardInterrupt, RuntimeError) as error:
-        line, status = explain(error)
-        if line:
-            where = f" [rank {distributed.rank()}]" if distributed.is_distributed() else ""
-            print(f"main.py: error{where}: {line}" if status < 3 else f"main.py: {line}", file=sys.stderr, flush=True)
-        return status
-    finally:
-        unlock()
-        distributed.shutdown()
-    return 0
+    # Data; the training set says which classes there are
+    data = options.data_config(args, precision.device)
+    train_set = datasets.build_train_set(data, config, options.augment_config(args))
+    val_set = datasets.build_val_set(data, config, train_set.classes)
+    build.check_classes(resume, saved.get("classes"), train_set.classes)
+    config = replace(config, num_classes=build.resolve_num_classes(args.nb_classes, train_set.classes))
+    train_loader = datasets.build_train_loader(
+        train_set, data, batch_size=args.batch_size, repeated_aug=args.repeated_aug, seed=args.seed
+    )
+    val_loader = datasets.build_val_loader(val_set, data, batch_size=int(1.5 * args.batch_size))
+
+    # Model, EMA, optimizer and schedule, as they begin or as they were saved
+    engine.seed_everything(args.seed + distributed.rank())
+    model = start_model(args, config, precision, args.finetune if not saved else "")
+    frozen = optim.freeze(model, args.freeze)
+    updates = math.ceil(len(train_loader) / args.accum_steps)
+    lr, lr_info = options.scale_lr(args, distributed.world_size())
+    state = build_state(args, model, lr, config, data, train_set.classes, updates, precision)
+    if saved:
+        state.load_state_dict(saved, resume)
+    if state.epoch + 1 >= args.epochs:
+        print0(f"{resume}: this run is finished ({state.epoch + 1} epochs of {args.epochs}); nothing to do")
+        return
+    criterion, mixup = build_criterion(args, state, teacher, precision)
+    distinct = train_loader.sampler.distinct_images(args.batch_size)
+    log.print_run_summary(state, lr_info, len(train_set), len(val_set), distinct)
+    with closing(log.RunLog(state.folder)) as run_log:
+        run_log.start(log.describe_run(state, precision), state.epoch + 1)
+        run_epochs(args, state, train_loader, val_loader, criterion, mixup, frozen, run_log, precision, stop)
+    log.print_best(state)
 
 
-def explain(error: BaseException) -> tuple[str, int]:
-    """Put what ended the program in one line, "" where another process says it, with the exit status.
+def run_epochs(
+    args: argparse.Namespace,
+    state: TrainState,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    criterion: nn.Module,
+    mixup: Mixup | None,
+    frozen: Sequence[nn.Module],
+    run_log: log.RunLog,
+    precision: Precision,
+    stop: StopSignal | None,
+) -> None:
+    """Train, save, evaluate and log each epoch that is left."""
+    prepare = DeviceTransform(state.config, precision)
+    prepare_train = DeviceTransform(state.config, precision, options.augment_config(args))
+    keep_rate = None
+    if options.is_evit(args.model):
+        keep_rate = partial(
+            keep_rate_at,
+            start_epoch=args.shrink_start_epoch,
+            end_epoch=args.shrink_start_epoch + args.shrink_epochs,
+            iterations_per_epoch=state.updates,
+            base_rate=args.base_keep_rate,
+        )
+    if args.compile:
+        state.model.compile()
+        if state.ema is not None:
+            state.ema.module.compile()
+    model = distributed.wrap_ddp(state.model, precision.device)
 
-    Raises what has no explanation.
-    """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    match error:
-        case InputError():  # what comes from a loader's worker has its traceback before it
-            return lines[-1].removeprefix("util.errors.InputError: "), 2
-        case NonFiniteLossError():
-            return lines[-1], 1
-        case PreemptedError():
-            return lines[-1] if distributed.is_primary() else "", 75
-        case KeyboardInterrupt():
-            return "stopped", 130
-        case TorchDynamoException():
-            return f"--compile: {lines[0]}; leave it out", 2
-    if "DataLoader worker" in lines[0]:
-        return f"{lines[0]} Out of memory? Try fewer --num_workers, or in a container a larger --shm-size", 1
-    if "deterministic" in lines[0]:
-        return f"--deterministic: {lines[0]}; leave it out", 2
-    if distributed.is_lost_connection(error):
-        return "lost the others: one of them ended, and has said why, or is silent (--dist-timeout)", 1
-    raise error
+    for epoch in range(state.epoch + 1, args.epochs):
+        # An epoch's images and learning rate depend on its number alone
+        train_loader.sampler.set_epoch(epoch, state.update * args.accum_steps * args.batch_size)
+        state.lr_scheduler.step(epoch)
+        model.train(args.train_mode)
+        for module in frozen:
+            module.eval()
+        stats = engine.train_one_epoch(
+            model,
+            criterion,
+            train_loader,
+            precision,
+            state,
+            prepare=prepare_train,
+            seed=args.seed + distributed.rank(),
+            log=run_log,
+            stop=stop,
+            accum_steps=args.accum_steps,
+            clip_grad=args.clip_grad,
+            mixup=mixup,
+            keep_rate=keep_rate,
+            print_freq=args.print_freq,
+        )
+
+        # Batch norms were local to each process
+        distributed.broadcast_buffers(state.model)
+        distributed.broadcast_buffers(state.ema and state.ema.module)
+
+        # Save before evaluating, so that the epoch is not lost with its evaluation
+        started = time.time()
+        test = {}
+        if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
+            state.save()
+            test = evaluate_state(args, state, val_loader, precision, prepare, stop)
+        stats["epoch_seconds"] = state.seconds + time.time() - started
+        best = state.finish_epoch(test)
+        run_log.epoch(log.log_line(state, stats, test))
+        state.save(best)
+        log.print_epoch(state, bool(test), stats["epoch_seconds"])
 
 
-def run(args: argparse.Namespace, device: torch.device) -> None:
-    for line in options.without_effect(args):
-        print0(line)
-    size = find_input_size(args)
-    precision = engine.Precision(device, find_amp_dtype(args.amp, device), args.channels_last)
+def start_model(args: argparse.Namespace, config: ModelConfig, precision: Precision, finetune: str) -> nn.Module:
+    """Return the model as its training begins, with the weights of the file `finetune` as far as they match."""
+    model = build.build_model(config, grad_checkpointing=args.grad_checkpointing)
+    if finetune:
+        build.load_finetuned(model, finetune, args.use_ema)
+    elif args.finetune:
+        print0(f"--finetune {args.finetune} is not read again: the run is resumed")
+    # As published, SOPE's batch norms are synchronised over the processes, and DAFF's are not
+    if isinstance(model, DHVT) and distributed.is_distributed():
+        if precision.device.type == "cpu":
+            print0("SOPE's batch norms stay local to each process: torch cannot synchronise them on a CPU")
+        else:
+            model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
+    model.to(precision.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    distributed.broadcast_state(model)
+    return model
+
+
+def build_state(
+    args: argparse.Namespace,
+    model: nn.Module,
+    lr: float,
+    config: ModelConfig,
+    data: DataConfig,
+    classes: Sequence[str],
+    updates: int,
+    precision: Precision,
+) -> TrainState:
+    """Return the state of a run at its beginning."""
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    optimizer = optim.build_optimizer(model, precision.device, **{**optimizer_kwargs(args), "lr": lr})
+    scheduler = optim.build_scheduler(optimizer, **{**scheduler_kwargs(args), "decay_milestones": [args.decay_epochs]})
+    return TrainState(
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        scaler=precision.scaler,
+        config=config,
+        data=data,
+        classes=classes,
+        args={name: value for name, value in vars(args).items() if name != "given"},
+        updates=updates,
+        folder=Path(args.output_dir) if args.output_dir else None,
+        epoch=args.start_epoch - 1,
+    )
+
+
+def build_criterion(
+    args: argparse.Namespace, state: TrainState, teacher: build.TrainedModel | None, precision: Precision
+) -> tuple[nn.Module, Mixup | None]:
+    """Return the loss of (images, outputs, targets), and mixup where it is on."""
+    num_classes = state.config.num_classes
+    mixup = None
+    if options.is_mixup_active(args):
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+    loss = optim.build_criterion(mixup, args.smoothing, args.bce_loss)
+    if teacher is None:
+        return ImageLoss(loss), mixup
+
+    # From here on the model trains both its heads
+    build.check_teacher(teacher, state.model, state.classes)
+    state.model.set_distilled_training(True)
+    print0(f"Teacher {teacher.config.name}, {log.count_parameters(teacher.model)} parameters")
+    distillation = DistillationLoss(
+        loss,
+        teacher.model.to(precision.device),
+        args.distillation_type,
+        args.distillation_alpha,
+        args.distillation_tau,
+        precision.autocast,
+    )
+    return distillation, mixup
+
+
+def evaluate_state(
+    args: argparse.Namespace,
+    state: TrainState,
+    loader: DataLoader,
+    precision: Precision,
+    prepare: DeviceTransform,
+    stop: StopSignal | None,
+) -> dict[str, float]:
+    """Evaluate the raw weights, and the EMA weights if there are any; return numbers for log.txt."""
+    models = {"test": state.model}
+    if state.ema is not None:
+        models["test_ema"] = state.ema.module
+        if args.model_ema_force_cpu:
+            models["test_ema"] = copy.deepcopy(state.ema.module).to(precision.device)
+    line = {}
+    for name, model in models.items():
+        # Norm layers are folded in a copy; a compiled model fuses them by itself
+        folded = model if args.compile else reparameterize_model(model.eval())
+        test = engine.evaluate(folded, loader, precision, prepare=prepare, keep_rate=state.keep_rate, stop=stop)
+        line |= {f"{name}_{key}": test[key] for key in ("loss", "acc1", "acc5")}
+        if name == "test":
+            line["test_topk"] = test["topk"]
+            log.print_accuracy(test)
+        else:
+            print0(f"EMA: Acc@1 {test['acc1']:.3f} loss {test['loss']:.3f}")
+    return line
+
+
+def load_for_use(args: argparse.Namespace) -> build.TrainedModel:
+    """Return the model of --resume, as its checkpoint says; flags that were given win."""
+    if not args.resume:  # --model-kwargs pretrained=True
+        config = options.model_config(args)
+        return build.TrainedModel(build.build_model(config).eval(), config, None, None, "timm")
+    resume = resolve_resume(args.resume, args.output_dir)
+    if not resume:
+        raise InputError(f"--resume auto: no checkpoint in {args.output_dir}; name another folder")
+    return build.load_trained(resume, use_ema=args.use_ema, **model_overrides(args))
+
+
+def evaluate(args: argparse.Namespace, precision: Precision) -> None:
+    """Evaluate a checkpoint on the validation set that it was trained with, or on the one that the flags name."""
+    trained = load_for_use(args)
+    data = options.data_config(args, precision.device, trained.data)
+    val_set = datasets.build_val_set(data, trained.config, trained.classes)
+    build.check_classes(trained.source, trained.classes, val_set.classes)
+    if args.test_speed:
+        measure_speed(args, trained.config, precision)
+    size = "x".join(map(str, trained.config.input_size))
+    print0(
+        f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {trained.config.name} at {size}"
+    )
+    model = reparameterize_model(trained.model).to(precision.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    test = engine.evaluate(
+        model,
+        datasets.build_val_loader(val_set, data, batch_size=int(1.5 * args.batch_size)),
+        precision,
+        prepare=DeviceTransform(trained.config, precision),
+    )
+    log.print_accuracy(test)
+    # within two standard deviations of guessing
+    chance = 1 / model.num_classes
+    if test["acc1"] / 100 < chance + 2 * math.sqrt(chance * (1 - chance) / test["count"]):
+        print0(f"This is chance for {model.num_classes} classes: is it the right checkpoint, and the right data?")
+
+
+def visualize_model(args: argparse.Namespace, precision: Precision) -> None:
+    """Write pictures of what a checkpoint's model looks at, on rank 0."""
+    trained = load_for_use(args)
+    if args.image_dir:
+        dataset = datasets.build_image_set(args.image_dir, trained.config)
+    else:
+        data = options.data_config(args, precision.device, trained.data)
+        dataset = datasets.build_val_set(data, trained.config, trained.classes)
+        build.check_classes(trained.source, trained.classes, dataset.classes)
+    if not distributed.is_primary():
+        return
+    count = min(args.n_visualization, len(dataset))
+    folder = Path(args.output_dir or ".") / "visualization"
+    written = visualize.write_pictures(
+        options.visualization_mode(args),
+        trained.model.to(precision.device),
+        datasets.evenly_spaced(dataset, count),
+        folder=folder,
+        classes=trained.classes or dataset.classes,
+        autocast=precision.autocast,
+        device=precision.device,
+        config=trained.config,
+    )
+    print0(f"{len(written)} pictures of {count} images are in {folder}; open {written[-1]} first")
+
+
+def measure_speed(args: argparse.Namespace, config: ModelConfig, precision: Precision) -> None:
+    """Print throughput and MACs, on rank 0; under --output_dir write them to speed_macs.txt too."""
+    if not distributed.is_primary():
+        return
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    model = build.build_model(config, grad_checkpointing=args.grad_checkpointing).to(precision.device)
+    gmacs = engine.count_macs(model, config.input_size)
+    height, width = config.input_size
+    lines = [f"{config.name}: {gmacs:.3f} GMACs (1 MAC = 2 FLOPs) at {height}x{width}"]
+    print0(lines[0])
+    for train_step in (False, True):
+        row = engine.benchmark(
+            model,
+            config.input_size,
+            args.speed_batch_size or args.batch_size,
+            precision,
+            train=train_step,
+            compiled=args.compile,
+            gmacs=gmacs,
+        )
+        lines.append(log.describe_speed(row))
+        print0(lines[-1])
+    if args.output_dir:
+        write_atomic(Path(args.output_dir, "speed_macs.txt"), "".join(f"{line}\n" for line in lines).encode())
+
+
+def run(argv: list[str]) -> None:
+    """Run one command line."""
+    args = options.parse(argv)
+    device = distributed.init(args.device, args.dist_backend, args.dist_timeout)
+    distributed.end_with_launcher()
+    precision = Precision(device, resolve_amp_dtype(args.amp, device), args.channels_last)
     if args.deterministic:
         distributed.make_deterministic()
     if args.tf32:
         torch.set_float32_matmul_precision("high")
-    seed_everything(args.seed + distributed.rank())
+    engine.seed_everything(args.seed + distributed.rank())
     if args.only_test_speed:
-        report_speed(args, speed_up(args, build_model(args, args.nb_classes, size)).to(device), size, precision)
-        return
-    check_output_dir(args)
-    saved, source = load_resumed(args)
-    if checks.find_pictures(args):
-        run_pictures(args, saved, source, size, precision)
+        measure_speed(args, options.model_config(args), precision)
+    elif options.visualization_mode(args):
+        visualize_model(args, precision)
     elif args.eval:
-        run_evaluation(args, saved, source, size, precision)
-    elif not args.output_dir:  # there is nowhere to save what a signal interrupts
-        training.train(args, saved, source, size, precision, None)
+        evaluate(args, precision)
     else:
-        with Preemption(args.checkpoint_interval) as preemption:
-            training.train(args, saved, source, size, precision, preemption)
+        # from here on a signal is answered after an update, which there is nowhere to save without --output_dir
+        with StopSignal(args.checkpoint_interval) if args.output_dir else nullcontext() as stop:
+            train(args, precision, stop)
 
 
-def run_evaluation(
-    args: argparse.Namespace, saved: dict[str, Any], source: str, size: tuple[int, int], precision: engine.Precision
-) -> None:
-    dataset = datasets.build_val_dataset(args, size, saved.get("classes"))
-    check_classes(saved, source, dataset.classes)
-    model = load_evaluated(args, saved, source, count_classes(args, dataset.classes), size).to(precision.device)
-    weights = f"{'EMA' if args.use_ema else 'raw'} weights of {source or 'timm'}"
-    print0(f"Evaluating {args.model} at {size[0]}x{size[1]} pixels, {weights}")
-    if args.test_speed:
-        report_speed(args, model, size, precision)
-    speed_up(args, model)
-    if args.compile:
-        model.compile()
-    test = engine.evaluate(model, datasets.build_val_loader(args, dataset), precision)
-    print_accuracy(test, model.num_classes)
-
-
-def load_evaluated(
-    args: argparse.Namespace, saved: dict[str, Any], source: str, num_classes: int | None, size: tuple[int, int]
-) -> nn.Module:
-    """Build the model with the weights of --resume, the average's with --use-ema."""
-    model = build_model(args, num_classes, size)
-    key = "model_ema" if args.use_ema else "model"
-    if saved and not (isinstance(saved.get(key), dict) and saved[key]):
-        raise InputError(f"{source}: no {key} in it; leave out --use-ema")
-    if saved:
-        weights = checkpoint.strip_prefixes(saved[key])
-        if finetune.resample_pos_embed(model, weights, saved):
-            print0(f"{source}: its position embedding is resampled for {size[0]}x{size[1]} pixels")
-        was = checkpoint.plain(checkpoint.flags_of(saved).get("model"), 0)
-        remedy = f"it is of --model {str(was)[:80]}" if was not in (None, args.model) else ""
-        checkpoint.load_weights(model, weights, source, f"{key} weights", remedy)
-        sizes = checkpoint.plain(checkpoint.flags_of(saved).get("input_size"), 1)
-        if isinstance(sizes, list) and tuple((sizes * 2)[:2]) != size:
-            print0(f"{source}: trained at {'x'.join(map(str, (sizes * 2)[:2]))} pixels; --input-size takes that")
-    return model
-
-
-def run_pictures(
-    args: argparse.Namespace, saved: dict[str, Any], source: str, size: tuple[int, int], precision: engine.Precision
-) -> None:
-    """Write pictures of what the model looks at, on rank 0: whole, whatever the number of processes."""
-    if not distributed.is_primary():
-        return
-    if args.image_dir:
-        dataset = datasets.build_image_dataset(args, size)
-        classes = saved.get("classes")
-        num_classes = args.nb_classes or len(classes or ()) or count_head(args.model, saved.get("model", {}))
-    else:
-        dataset = datasets.build_val_dataset(args, size, saved.get("classes"))
-        check_classes(saved, source, dataset.classes)
-        classes, num_classes = dataset.classes, count_classes(args, dataset.classes)
-    model = load_evaluated(args, saved, source, num_classes, size).to(precision.device)
-    kind = checks.find_pictures(args)
-    folder = Path(args.output_dir or ".") / "visualization"
-    samples = datasets.spread(dataset, args.n_visualization)
-    written = visualize.write_pictures(
-        kind, model, samples, args.n_visualization, folder, classes, precision.autocast, precision.device
-    )
-    images = min(args.n_visualization, len(dataset))
-    text = f"{len(written)} pictures of {images} images are in {folder}; open {written[-1]} first"
-    print0(text if images == args.n_visualization else f"There are only {images} images. {text}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status, see util/command.py."""
+    return run_command("main.py", run, argv)
 
 
 if __name__ == "__main__":

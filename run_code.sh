@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
-# Train by a recipe: bash run_code.sh [RECIPE] [main.py flags…]; flags given here win over the recipe's.
+# Train by a recipe: [VARIABLES] bash run_code.sh [RECIPE] [main.py flags…]
 #
-#   digits (or no recipe)   DHVT-T on scikit-learn's handwritten digits; nothing to download
-#   cifar100                DHVT-T on CIFAR-100
+#   digits (the default)    DHVT-T on scikit-learn's handwritten digits; nothing to download
+#   folder                  DHVT-T on your own train/CLASS/ and val/CLASS/, 224 px
+#   cifar100                DHVT-T on CIFAR-100, which is downloaded to DATA
 #   clipart infograph painting quickdraw real sketch    DHVT-T on one of DomainNet's sets
 #   imagenet                DHVT-T on ImageNet-1k
 #   evit                    EViT-S on ImageNet-1k, tokens fused, keep rate 0.7
 #   digits-evit             a small EViT on the digits that keeps all its tokens
-#   finetune-clipart        DHVT-S from an ImageNet checkpoint to clipart (finetune.sh, as all that follow)
+#   finetune-clipart        DHVT-S from an ImageNet checkpoint to clipart (finetune.sh runs this and what follows)
 #   finetune-evit           EViT-S from DeiT-S's checkpoint
 #   finetune-digits-evit    what digits-evit trained, tokens fused, keep rate 0.7
 #
-# DATA=FOLDER holds the data, OUT=FOLDER takes the run (called again, it goes on where it stopped), CKPT=FILE is what
-# fine-tuning starts from. NGPU=N processes train, each with the recipe's batch; fewer than the recipe's add up more
-# batches an update instead, so that the effective batch and rate stay.
+# Flags after the recipe's name override it. Run the same command again to resume.
+#   DATA=FOLDER   the data
+#   OUT=FOLDER    the output folder; default: output/RECIPE
+#   CKPT=FILE     what fine-tuning starts from
+#   NGPU=N        number of processes; default: all GPUs, at most the recipe's 2 or 8, and a divisor of it. The batch
+#                 size per process stays the recipe's; with fewer processes gradients are accumulated so that the
+#                 effective batch size stays the same.
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -25,6 +30,11 @@ stop() {
 
 recipe=digits
 case ${1:-} in
+-h | --help)
+    # the comment at the top of this file
+    sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}"
+    exit
+    ;;
 '' | -*) ;;
 *)
     recipe=$1
@@ -32,7 +42,7 @@ case ${1:-} in
     ;;
 esac
 
-common=(--opt adamw --weight-decay 0.05 --dist-eval)
+common=(--opt adamw --weight-decay 0.05)
 processes=2
 case $recipe in
 digits)
@@ -40,6 +50,10 @@ digits)
     flags=(--model dhvt_tiny_cifar_patch4 --data-set DIGITS --epochs 8 --batch-size 32 --lr 1e-3 --unscale-lr
         --warmup-epochs 1 --warmup-lr 3e-4 --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0 --drop-path 0
         --model-ema-decay 0.98)
+    ;;
+folder)
+    flags=("${common[@]}" --model dhvt_tiny_imagenet_patch16 --data-set FOLDER --batch-size 128
+        --lr 1e-3 --epochs 300 --warmup-epochs 20)
     ;;
 cifar100)
     flags=("${common[@]}" --model dhvt_tiny_cifar_patch4 --data-set CIFAR --input-size 32 --batch-size 256
@@ -82,7 +96,7 @@ finetune-clipart)
         --lr 5e-4 --min-lr 1e-6 --weight-decay 1e-8 --epochs 100 --warmup-epochs 2 --no-repeated-aug)
     ;;
 *)
-    stop "no recipe $recipe; they are digits, digits-evit, cifar100, imagenet, evit, clipart, infograph, painting, quickdraw, real, sketch, finetune-clipart, finetune-evit and finetune-digits-evit"
+    stop "no recipe $recipe; they are digits, folder, digits-evit, cifar100, imagenet, evit, clipart, infograph, painting, quickdraw, real, sketch, finetune-clipart, finetune-evit and finetune-digits-evit"
     ;;
 esac
 
@@ -93,7 +107,7 @@ if [[ $recipe == finetune-* ]]; then
 fi
 if [[ $recipe != *digits* ]]; then
     [[ -n ${DATA:-} ]] || stop "$recipe needs its data: set DATA=FOLDER before the command"
-    [[ -d $DATA ]] || stop "DATA=$DATA: no such folder"
+    [[ -d $DATA || $recipe == cifar100 ]] || stop "DATA=$DATA: no such folder"
     flags+=(--data-path "$DATA")
 fi
 

@@ -1,207 +1,206 @@
-"""Submit main.py to Slurm, or run it here as Slurm would, with submitit.
+"""Submit main.py to Slurm with submitit, or run it on this machine as Slurm would.
 
-`python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --output_dir OUT …` takes every flag of main.py besides
-its own. A job that is preempted, requeued by hand or at its time limit goes on from the step it was in.
+`python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --output_dir OUT …` takes all flags of main.py besides
+its own. A job that reaches its time limit, is preempted or requeued resumes from its last update.
+
+Reference: https://github.com/facebookincubator/submitit
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from util import options
+from util import options, stop_signal
+from util.command import STOPPED, Parser, nonnegative_int, parse_key_values, positive_int, run_command
 from util.errors import InputError
-from util.parser import Parser
 
-ROOT = Path(__file__).resolve().parent
-PREEMPTED = 75  # main.py's exit status where a signal stopped it
-BEFORE_THE_END = 120  # seconds, in which a step is finished and saved
+SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm sends SIGUSR2: enough to finish an update and save
+SLURM_GRACE = 600  # seconds within which Slurm ends the processes of a stopped job
+SBATCH_FLAGS = ("mem", "partition", "account", "qos", "constraint", "comment")
 
 
 class Task:
-    """One process of a job; submitit pickles it."""
+    """One process of a job. submitit pickles it and calls it there."""
 
-    def __init__(self, flags: Sequence[str]) -> None:
-        self.flags = list(flags)
+    def __init__(self, flags: list[str]) -> None:
+        self.flags = flags
 
     def __call__(self) -> int:
-        import submitit
+        """Run main.py and return its exit status."""
+        from submitit import JobEnvironment, helpers
 
-        environment = submitit.JobEnvironment()
-        meet(environment)
-        import main  # only now: it reads what `meet` sets
+        environment = JobEnvironment()
+        on_slurm = environment.cluster == "slurm"
+        if not on_slurm:
+            # main.py reads Slurm's variables itself; here the host's name need not resolve
+            os.environ.pop("MASTER_PORT", None)
+            helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+        # imported here, as it reads the environment
+        import main
 
         status = main.main(self.flags)
-        if status not in (0, PREEMPTED):
+        if on_slurm and status == STOPPED and environment.global_rank == 0:
+            leave_to_slurm(environment.job_id)
+        if on_slurm and status not in (0, STOPPED):
+            # an exception fails the task, and --kill-on-bad-exit the others
             raise RuntimeError(f"main.py ended with status {status}")
-        if status == PREEMPTED and environment.cluster == "slurm" and environment.global_rank == 0:
-            requeue(environment.job_id)
         return status
 
     def checkpoint(self):
-        """Be run again as it is, where submitit meets the signal before main.py listens."""
-        import submitit
+        """Return what submitit runs again where its signal comes before main.py listens: the same."""
+        from submitit.helpers import DelayedSubmission
 
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def meet(environment) -> None:
-    """Tell main.py's processes where they meet, by the job's own numbers: a requeued job meets elsewhere."""
-    if environment.cluster == "slurm":
-        return  # main.py reads Slurm's variables itself
-    values = {
-        "RANK": environment.global_rank,
-        "LOCAL_RANK": environment.local_rank,
-        "WORLD_SIZE": environment.num_tasks,
-        "LOCAL_WORLD_SIZE": environment.num_tasks // environment.num_nodes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 20000 + int("".join(filter(str.isdigit, environment.job_id)) or 0) % 20000,
-    }
-    os.environ |= {name: str(value) for name, value in values.items()}
+        return DelayedSubmission(self)
 
 
-def requeue(job: str) -> None:
-    """Have Slurm run the job again, which ends this one."""
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-    print(f"run_with_submitit.py: requeued job {job} {done.stderr.strip()}", flush=True)
-    time.sleep(60)  # the end of this process would be the job's
+def leave_to_slurm(job_id: str) -> None:
+    """Requeue the job if it was stopped by submitit's signal, and wait for Slurm to end this process.
 
-
-class SlurmFlags(options.KeyValues):
-    """KEY=VALUE with sbatch's names, which have dashes."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        pairs = (word.partition("=") for word in values)
-        words = [key.replace("-", "_") + equals + value for key, equals, value in pairs]
-        super().__call__(parser, namespace, words, option_string)
+    SIGTERM comes from scancel, which ends the job, or from a preemption, after which Slurm requeues it. But a job whose
+    processes end by themselves counts as completed.
+    """
+    if stop_signal.received == signal.SIGUSR2:
+        print(f"run_with_submitit.py: requeuing job {job_id}", flush=True)
+        subprocess.run(["scontrol", "requeue", job_id])
+    time.sleep(SLURM_GRACE)
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="run_with_submitit.py",
-        description=__doc__.partition("\n")[0],
-        epilog="All other flags are main.py's: python main.py --help",
-        allow_abbrev=False,
+        description="Submit main.py to Slurm with submitit, or run it on this machine as Slurm would.",
+        epilog="All other flags are passed to main.py: python main.py --help",
     )
     add = parser.add_argument
-    add("--cluster", default="slurm", choices=("slurm", "local", "debug"), help="local: here; debug: in this process")
-    add("--dry-run", action="store_true", help="print the job script, and submit nothing")
-    add("--job-name", default="dhvt")
-    add("--nodes", type=int, default=1)
-    add("--ngpus", type=int, default=0, help="GPUs a node, each with a process; on the CPU, see --tasks-per-node")
-    add("--tasks-per-node", type=int, default=None, help="processes a node; default: one a GPU, at least one")
-    add("--cpus-per-task", type=int, default=10)
-    add("--mem", default=None, help="memory a node, as 120GB")
-    add("--timeout", type=int, default=2800, metavar="MINUTES", help="after which the job is requeued, and goes on")
-    add("--partition", default=None)
-    add("--account", default=None)
-    add("--qos", default=None)
-    add("--constraint", default=None)
-    add("--comment", default=None)
-    add("--slurm", nargs="*", default={}, action=SlurmFlags, metavar="KEY=VALUE", help="any of sbatch's flags")
+    add(
+        "--cluster",
+        default="slurm",
+        choices=("slurm", "local", "debug"),
+        help="local: processes on this machine; debug: within this process",
+    )
+    add("--dry-run", action="store_true", help="print the job script instead of submitting it")
+    add("--job-name", default="dhvt", help="name of the job in the queue")
+    add("--nodes", type=positive_int, default=1, help="number of nodes")
+    add("--ngpus", type=nonnegative_int, default=0, help="GPUs per node, each with a process; 0: on the CPU")
+    add("--tasks-per-node", type=positive_int, help="processes per node; default: one per GPU, at least one")
+    add("--cpus-per-task", type=positive_int, default=10, help="CPU cores per process")
+    add(
+        "--timeout",
+        type=positive_int,
+        default=2800,
+        metavar="MINUTES",
+        help="time limit, at which the job is requeued and resumes",
+    )
+    for name in SBATCH_FLAGS:
+        add(f"--{name}", help="passed to sbatch")
+    add("--slurm", nargs="*", metavar="KEY=VALUE", help="any other flags of sbatch, for example gres=gpu:8")
     return parser
 
 
-def find_parameters(args: argparse.Namespace) -> dict[str, object]:
-    """Give submitit's parameters of a Slurm job."""
-    tasks = args.tasks_per_node or max(1, args.ngpus)
-    named = ("partition", "account", "qos", "constraint", "comment", "mem")
-    found = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
-    found |= {"job_name": args.job_name, "nodes": args.nodes, "ntasks_per_node": tasks, "time": args.timeout}
-    found |= {"cpus_per_task": args.cpus_per_task, "signal_delay_s": BEFORE_THE_END}
-    found |= {"gpus_per_node": args.ngpus} if args.ngpus else {}
-    found["additional_parameters"] = {"requeue": True, **{k.replace("_", "-"): v for k, v in args.slurm.items()}}
-    found["srun_args"] = ["--kill-on-bad-exit=1"]  # a process that dies takes the others with it
-    return found
+def slurm_parameters(args: argparse.Namespace) -> dict[str, object]:
+    """Return the parameters of submitit's SlurmExecutor; None is Slurm's default."""
+    additional = {"requeue": True}
+    for word in args.slurm or ():
+        # sbatch's names have dashes
+        key, equals, value = word.partition("=")
+        additional |= parse_key_values([key.replace("-", "_") + equals + value], "--slurm")
+    return {
+        **{name: getattr(args, name) for name in SBATCH_FLAGS},
+        "job_name": args.job_name,
+        "nodes": args.nodes,
+        "ntasks_per_node": args.tasks_per_node or max(1, args.ngpus),
+        "gpus_per_node": args.ngpus or None,
+        "cpus_per_task": args.cpus_per_task,
+        "time": args.timeout,
+        "signal_delay_s": SIGNAL_DELAY,
+        "additional_parameters": additional,
+        # Slurm 22.05 to 23.02: srun does not inherit --cpus-per-task from sbatch
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={args.cpus_per_task}"],
+    }
 
 
-def prepare(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Path]:
-    """Tell the job's flags from main.py's, check both, and give the folder of the run. Raises InputError."""
-    args, rest = build_parser().parse_known_args(list(argv))
-    for name in ("nodes", "cpus_per_task", "timeout", "tasks_per_node"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if args.ngpus < 0:
-        raise InputError(f"--ngpus {args.ngpus} must be 0 or more")
-    run = options.parse(rest)
-    if not run.output_dir:
-        raise InputError("--output_dir FOLDER is needed, for checkpoints and the job's own files")
+def run(argv: list[str]) -> int:
+    args, flags = build_parser().parse_known_args(argv)
+    main_args = options.parse(flags)
+    if not main_args.output_dir:
+        raise InputError("--output_dir FOLDER is required, for checkpoints and the job's logs")
     if args.cluster != "slurm" and args.nodes > 1:
-        raise InputError(f"--nodes {args.nodes} is for --cluster slurm: leave it out")
-    out = Path(run.output_dir).absolute()
-    rest += ["--output_dir", str(out)]
-    if not (run.resume or run.eval or run.only_test_speed):
-        rest += ["--resume", "auto"]
-    return args, rest, out
+        raise InputError(f"--nodes {args.nodes}: --cluster {args.cluster} has one node; leave it out")
+
+    # The job may run in another folder. Started again, it resumes from its own checkpoints.
+    out = Path(main_args.output_dir).absolute()
+    flags += ["--output_dir", str(out)]
+    if not (main_args.resume or main_args.eval or main_args.only_test_speed):
+        flags += ["--resume", "auto"]
+    return submit(args, flags, out)
 
 
 def submit(args: argparse.Namespace, flags: list[str], out: Path) -> int:
-    """Submit the job, or run it, and give the exit status."""
+    """Submit the job, or run it here, and return the exit status."""
     try:
         import submitit
         from submitit.slurm.slurm import _make_sbatch_string
     except ImportError:
         raise InputError("submitit is not installed: pip install -r requirements-extra.txt") from None
-    folder, parameters = out / "submitit", find_parameters(args)
+    parameters = slurm_parameters(args)
     if args.dry_run:
-        print(_make_sbatch_string("python -u -m submitit.core._submit FOLDER", folder, **parameters))
+        # the only function of submitit that is not public: a public executor needs srun on this machine
+        print(_make_sbatch_string("python -u -m submitit.core._submit FOLDER", out / "submitit", **parameters))
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    try:
-        executor = submitit.AutoExecutor(str(folder), cluster=args.cluster)
-    except RuntimeError as error:
-        raise InputError(f"--cluster {args.cluster}: {error}; --cluster local runs it here") from None
-    if args.cluster == "slurm":
-        executor._executor.update_parameters(**parameters)
-    else:
-        tasks = parameters["ntasks_per_node"]
-        executor.update_parameters(tasks_per_node=tasks, gpus_per_node=args.ngpus, timeout_min=args.timeout)
-    from run_with_submitit import Task as Importable  # this file's own name is __main__, which a job does not know
 
+    # the job's processes import main.py, wherever they run
+    paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     try:
-        job = executor.submit(Importable(flags))
-    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise InputError(f"sbatch refuses the job ({reason}); --dry-run shows its script") from None
-    print(f"job {job.job_id}: the run is in {out}, what it prints in {job.paths.stdout}", flush=True)
-    return 0 if args.cluster == "slurm" else wait(job)
+        executor = submitit.AutoExecutor(out / "submitit", cluster=args.cluster)
+    except RuntimeError as error:
+        raise InputError(f"--cluster {args.cluster}: {error}; --cluster local runs it on this machine") from None
+    # submitit ignores the parameters of clusters other than the executor's
+    executor.update_parameters(
+        tasks_per_node=parameters["ntasks_per_node"],
+        gpus_per_node=parameters["gpus_per_node"],
+        timeout_min=args.timeout,
+        **{f"slurm_{name}": value for name, value in parameters.items()},
+    )
+    try:
+        job = executor.submit(Task(flags))
+    except RuntimeError as error:
+        reason = str(error).rpartition("\n")[2]
+        raise InputError(f"sbatch refuses the job ({reason}); --dry-run prints its script") from None
+    print(f"job {job.job_id}: output folder {out}, log {job.paths.stdout}", flush=True)
+    if args.cluster == "slurm":
+        return 0
+    return job.result() if args.cluster == "debug" else wait(job)
 
 
 def wait(job) -> int:
-    """Wait for a job that runs here, and give main.py's exit status, or 1 for a job that failed otherwise."""
-    print("waiting for its end", flush=True)
+    """Wait for a job of --cluster local and return main.py's exit status."""
+    job.wait()
+    # rank 0 comes first
+    logs = [path.read_text() for path in sorted(job.paths.folder.glob(f"{job.job_id}_*_log.err"))]
+    errors = [line for log in logs for line in log.splitlines() if line.startswith("main.py: error")]
     try:
-        results = job.results()
-    except Exception as error:  # submitit's, with the traceback of the process that failed
-        lines = [line for line in str(error).splitlines() if "Error: " in line] or [type(error).__name__]
-        files = sorted(job.paths.folder.glob(f"{job.job_id}_*_log.err"))
-        reasons = [line for file in files for line in file.read_text().splitlines() if "main.py: error" in line]
-        line = f"{(reasons or lines)[0].removeprefix('main.py: error').lstrip(': ')}; see {job.paths.stderr}"
-        print(f"run_with_submitit.py: error: {line}", file=sys.stderr, flush=True)
-        return 2 if lines[-1].endswith("status 2") else 1
-    if PREEMPTED in results:
-        print("it was stopped, and the same command goes on with it", flush=True)
-        return PREEMPTED
-    print("it ended well", flush=True)
-    return 0
+        status = max(job.results())
+    except RuntimeError:
+        # one of several processes ended at once after its error, without a result
+        status = 2 if errors else 1
+    if status == STOPPED:
+        print("it was stopped; run the same command again to resume", flush=True)
+    elif status:
+        reason = errors[0] if errors else "the job failed"
+        print(f"run_with_submitit.py: error: {reason}; see {job.paths.stderr}", file=sys.stderr, flush=True)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; return the exit status: 0, 1 for a job that failed here, 2 for what the caller can mend."""
-    try:
-        return submit(*prepare(sys.argv[1:] if argv is None else argv))
-    except InputError as error:
-        print(f"run_with_submitit.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:
-        where = error.filename or "--output_dir"
-        print(f"run_with_submitit.py: error: {where}: {error.strerror}", file=sys.stderr, flush=True)
-        return 2
+    return run_command("run_with_submitit.py", run, argv)
 
 
 if __name__ == "__main__":

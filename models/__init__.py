@@ -1,4 +1,4 @@
-"""Importing this package registers our models with timm."""
+"""Importing this package registers DHVT and EViT with timm."""
 
 from models import dhvt, evit
 

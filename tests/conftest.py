@@ -1,22 +1,28 @@
-"""What several test files share: image folders, and a model and a run so small that an epoch takes a second or two."""
+"""What several test files share: image folders, runs so small that they take seconds, and a runner of processes."""
 
 import os
 import random
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from crash_runner import Runner
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import main
 
+SMALL = "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_heads=2 --device cpu --num_workers 0"
 TINY = (
-    "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_heads=2 --data-set DIGITS --device cpu "
-    "--num_workers 0 --no-repeated-aug --batch-size 128 --epochs 1 --warmup-epochs 0 --aa none"
+    f"{SMALL} --data-set DIGITS --no-repeated-aug --batch-size 128 --epochs 1 --warmup-epochs 0 --aa none"  # 11 updates
 )
+
+
+# A shell starts background commands with SIGINT ignored, and processes inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,17 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Keep torch to one thread a process: the runner starts one process a core."""
+    """Limit torch to one thread per process: pytest starts one process per core."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Give a function that writes a folder of train/CLASS/ and val/CLASS/ images of uneven sizes, and returns it."""
+    """Return a function that writes a folder of train/CLASS/ and val/CLASS/ images of uneven sizes, and returns it."""
     photographs = load_sample_images().images
 
     def write(
-        train: Iterable[str] = ("ant", "bee"), val: Iterable[str] | None = None, count: int = 8, side: int = 48
+        train: Iterable[str] = ("ant", "bee"),
+        val: Iterable[str] | None = None,
+        count: int = 8,
+        side: int = 48,
     ) -> Path:
         rng = random.Random(0)
         root = tmp_path_factory.mktemp("tree")
@@ -50,7 +59,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 folder = root / split / name
                 folder.mkdir(parents=True)
                 for i in range(count):
-                    height, width = rng.randint(side, 2 * side), rng.randint(side, 2 * side)
+                    height = rng.randint(side, 2 * side)
+                    width = rng.randint(side, 2 * side)
                     y = rng.randrange(photograph.shape[0] - height)
                     x = rng.randrange(photograph.shape[1] - width)
                     crop = Image.fromarray(np.ascontiguousarray(photograph[y : y + height, x : x + width]))
@@ -62,13 +72,39 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def tiny_flags() -> list[str]:
-    """Flags of one epoch of a tiny DHVT on digits, on the CPU; add to them, a later flag wins."""
+    """Return flags of one epoch of a tiny DHVT on digits, on the CPU; add to them, a later flag wins."""
     return TINY.split()
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the folder of a finished run of `tiny_flags`, with checkpoint.pth; leave it as it is."""
+    """Return the folder of a finished run of `tiny_flags`, with checkpoint.pth; leave it as it is."""
     folder = tmp_path_factory.mktemp("tiny_run")
     assert main.main([*TINY.split(), "--output_dir", os.fspath(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def quick_flags(tree) -> list[str]:
+    """Return flags of two epochs of 18 updates, of less than a second each, on 48 crops of photographs in two classes.
+
+    Drop path, mixup, cutmix, RandAugment, random erasing and repeated augmentation are on.
+    """
+    root = os.fspath(tree(count=24, side=32))
+    flags = "--data-set FOLDER --batch-size 8 --epochs 2 --warmup-epochs 0 --data-path"
+    return [*SMALL.split(), *flags.split(), root]
+
+
+@pytest.fixture(scope="session")
+def quick_run(quick_flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of one epoch of `quick_flags`; leave it as it is."""
+    folder = tmp_path_factory.mktemp("quick_run")
+    assert main.main([*quick_flags, "--epochs", "1", "--output_dir", os.fspath(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[Runner]:
+    """Return a function that runs main.py in forked processes, see crash_runner.py."""
+    with Runner() as runner:
+        yield runner

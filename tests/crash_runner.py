@@ -1,154 +1,170 @@
-"""Run main.py in forked processes that end themselves at given moments; commands come as JSON lines on stdin.
+"""Run main.py in forked processes that may send themselves a signal at a given moment.
 
-A command has `flags`, `ranks`, `seconds` (the limit, and `grace` seconds after a process has ended for those after it),
-`out` (a folder for what the processes print), `largest` (bytes that a file may have, or null) and `kill`, which is null
-or has `rank`, `moment` (a key of MOMENTS), `count` (which time it comes) and `signal`. The answer has each rank's
-`status` (negative: the signal that ended it; "hung" beyond the limit), the `seconds` that passed, `reached` (whether
-the signal was sent), `orphans` (processes that outlived their ranks by ten seconds; they are ended) and `steps`, how
-many updates rank 0 made. torch is imported once, and nothing was run in the parent, so forks are cheap.
+`Runner`, in a test, starts this file as a process and sends it commands as JSON lines. There torch is imported once,
+and nothing is ever run in the parent, so that the processes of a run cost no start-up time.
 """
 
+import functools
 import io
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
+import matplotlib.figure
+import timm
 import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torchvision.datasets import folder
 
-import engine
 import main
-import training
-from util import checkpoint, distributed, run_state
 
-torch.set_num_threads(1)
+ROOT = Path(main.__file__).parent
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# where the signal comes: (object, its function), before or after the call
-MOMENTS: dict[str, tuple[object, str, bool]] = {
-    "start: data": (training.datasets, "build_train_dataset", False),
-    "start: model": (training, "start_model", False),
-    "start: files": (training, "start", False),
-    "start: first files": (training, "start", True),
-    "step: before it": (engine, "apply_gradients", False),
-    "step: weights made": (engine, "apply_gradients", True),
-    "step: loss noted": (engine.LossWatch, "add", True),
-    "save: begins": (run_state.checkpoint, "save", False),
-    "save: a file is half written": (checkpoint.torch, "save", False),
-    "save: before a name": (checkpoint, "_publish", False),
-    "save: after a name": (checkpoint, "_publish", True),
-    "save: done": (run_state.checkpoint, "save", True),
-    "evaluation: begins": (training, "evaluate_both", False),
-    "evaluation: a batch": (engine, "F", False),
-    "evaluation: done": (training, "evaluate_both", True),
-    "epoch's end: norms": (distributed, "broadcast_buffers", False),
-    "epoch's end: before the log": (training.RunLog, "epoch", False),
-    "epoch's end: logged": (training.RunLog, "epoch", True),
-    "epoch's end: all of it": (training, "finish_epoch", True),
+# Where a signal comes: before or after a library's function, of which the calls are counted
+MOMENTS: dict[str, tuple[object, str, str]] = {
+    "start: data": (folder, "make_dataset", "before"),
+    "start: model": (timm, "create_model", "before"),
+    "start: args.json": (json, "dumps", "before"),
+    "update: before it": (torch.optim.Optimizer, "step", "before"),
+    "update: made": (torch.optim.Optimizer, "step", "after"),
+    "save: a file is half written": (torch, "save", "before"),
+    "save: written": (torch, "save", "after"),
+    "save: linked": (os, "link", "after"),
+    "save: before a name": (os, "replace", "before"),
+    "save: after a name": (os, "replace", "after"),
+    "evaluation: a batch": (F, "cross_entropy", "before"),
+    "epoch's end: log.txt": (json, "dumps", "before"),
+    "epoch's end: curves": (matplotlib.figure.Figure, "savefig", "before"),
 }
+# What a command may have besides flags, out and ranks, see `Runner.__call__`
+DEFAULTS = {"kill": None, "env": None, "seconds": 120, "grace": 60, "largest": None, "start_method": None}
 
 
-def arm(kill: dict, notify: Callable[[], None]) -> None:
-    """Have this process send itself a signal at the `count`th time that the moment comes."""
-    owner, name, after = MOMENTS[kill["moment"]]
-    left = [kill["count"]]
+def arm(moment: str, count: int, strike: Callable[[], None]) -> None:
+    """Call `strike` in this process at the `count`th time that the moment comes."""
+    owner, name, when = MOMENTS[moment]
+    left = count
 
-    def come() -> bool:
-        left[0] -= 1
-        return left[0] == 0
+    def comes() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
 
-    def strike() -> None:
-        notify()
-        os.kill(os.getpid(), kill["signal"])
+    if name == "step":
+        register = register_optimizer_step_pre_hook if when == "before" else register_optimizer_step_post_hook
+        register(lambda *_: strike() if comes() else None)
+        return
+    original = getattr(owner, name)
 
-    original = torch.nn.functional.cross_entropy if name == "F" else getattr(owner, name)
-
+    @functools.wraps(original)
     def wrapped(*args, **kwargs):
-        now = come()
-        if now and not after:
-            if owner is checkpoint.torch:
+        # the criterion calls cross_entropy too, with another reduction
+        counts = owner is not F or kwargs.get("reduction") == "none"
+        now = counts and comes()
+        if now and when == "before":
+            if owner is torch:
                 write_half(original, *args)
             strike()
-            if owner is checkpoint.torch:  # it was no SIGKILL
+            # it was no SIGKILL
+            if owner is torch:
                 args[1].seek(0)
                 args[1].truncate()
         result = original(*args, **kwargs)
-        if now and after:
+        if now and when == "after":
             strike()
         return result
 
-    # F is the evaluation's own, not the criterion's
-    setattr(owner, name, SimpleNamespace(cross_entropy=wrapped) if name == "F" else wrapped)
+    setattr(owner, name, wrapped)
 
 
-def write_half(save: Callable, state: dict, file: io.BufferedWriter) -> None:
+def write_half(save: Callable, content: dict, file: io.BufferedWriter) -> None:
     whole = io.BytesIO()
-    save(state, whole)
+    save(content, whole)
     file.write(whole.getvalue()[: whole.tell() // 2])
     file.flush()
 
 
-def count_steps(note: Callable[[int], None]) -> None:
-    add, made = engine.LossWatch.add, [0]
+def record(out: Path) -> None:
+    """Write how many updates are made to updates.txt."""
+    made = 0
 
-    def counted(*args) -> None:
-        made[0] += 1
-        note(made[0])
-        add(*args)
+    def count(*_: object) -> None:
+        nonlocal made
+        made += 1
+        (out / "updates.txt").write_text(str(made))
 
-    engine.LossWatch.add = counted
+    register_optimizer_step_post_hook(count)
+
+
+def prepare(rank: int, command: dict, port: int) -> None:
+    """Give one of a run's processes its output files, launcher's variables and limits."""
+    os.setpgid(0, 0)
+    torch.set_num_threads(1)
+    for stream, number in (("out", 1), ("err", 2)):
+        path = Path(command["out"], f"{stream}{rank}.txt")
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    if command["env"]:
+        os.environ |= command["env"][rank] | {"MASTER_PORT": str(port)}
+    elif command["ranks"] > 1:
+        values = (rank, rank, command["ranks"], command["ranks"], "127.0.0.1", port)
+        os.environ |= {name: str(value) for name, value in zip(LAUNCHER, values, strict=True)}
+    if command["start_method"]:
+        multiprocessing.set_start_method(command["start_method"])
+    if command["largest"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (command["largest"], command["largest"]))
 
 
 def run_rank(rank: int, command: dict, port: int) -> None:
     """Be one of a run's processes, and end as main.py would."""
-    out = Path(command["out"])
-    os.setpgid(0, 0)
-    for stream, number in (("out", 1), ("err", 2)):
-        handle = os.open(out / f"{stream}{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, number)
-    for name in LAUNCHER:
-        os.environ.pop(name, None)
-    if command["ranks"] > 1:
-        values = (rank, rank, command["ranks"], command["ranks"], "127.0.0.1", port)
-        os.environ |= {name: str(value) for name, value in zip(LAUNCHER, values, strict=True)}
-    if rank == 0:
-        count_steps(lambda made: (out / "steps.txt").write_text(str(made)))
-    if command["largest"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (command["largest"], command["largest"]))
-    kill = command["kill"]
-    if kill is not None and kill["rank"] == rank:
-        arm(kill, (out / "reached").touch)
     status = 1
     try:
+        prepare(rank, command, port)
+        out = Path(command["out"])
+        kill = command["kill"]
+        if rank == 0:
+            record(out)
+
+        def strike() -> None:
+            (out / "reached").touch()
+            if kill["signal"] in (signal.SIGKILL, signal.SIGSTOP):
+                os.kill(os.getpid(), kill["signal"])
+            # as a terminal and Slurm send it: to this rank and its loader workers
+            os.killpg(0, kill["signal"])
+
+        if kill and kill["rank"] == rank:
+            arm(kill["moment"], kill["count"], strike)
         status = main.main(command["flags"])
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
 
 
-def group_members(group: int) -> list[int]:
-    found = []
+def process_stats() -> dict[int, list[str]]:
+    """Return the fields of /proc/PID/stat after the name (state, parent, group, …) of all processes."""
+    stats = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+            stats[int(entry)] = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
         except OSError:
-            continue
-        if fields[0] != "Z" and int(fields[2]) == group:
-            found.append(int(entry))
-    return found
+            pass
+    return stats
 
 
 def wait(pid: int, limit: float) -> int | str:
-    """Give a process's exit status, or end it at the limit."""
+    """Return a process's exit status, or end it at the limit."""
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -157,40 +173,82 @@ def wait(pid: int, limit: float) -> int | str:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return "hung"
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 def run(command: dict) -> dict:
     """Run a command's processes to their ends."""
-    out = Path(command["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("reached", "steps.txt"):
-        (out / name).unlink(missing_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started, pids = time.monotonic(), []
+    pids = []
     for rank in range(command["ranks"]):
         pid = os.fork()
         if not pid:
             run_rank(rank, command, port)
         pids.append(pid)
-    statuses, limit = [], started + command["seconds"]
+    statuses = []
+    limit = time.monotonic() + command["seconds"]
     for pid in pids:
         statuses.append(wait(pid, limit))
         limit = min(limit, time.monotonic() + command["grace"])
-    seconds = time.monotonic() - started
-    end = time.monotonic() + 10
-    while (orphans := [member for pid in pids for member in group_members(pid)]) and time.monotonic() < end:
+
+    # torch's loader workers look for their parent every five seconds
+    end = time.monotonic() + 30
+    while True:
+        orphans = [pid for pid, fields in process_stats().items() if fields[0] != "Z" and int(fields[2]) in pids]
+        if not orphans or time.monotonic() > end:
+            break
         time.sleep(0.05)
     for pid in orphans:
         os.kill(pid, signal.SIGKILL)
-    steps = int((out / "steps.txt").read_text()) if (out / "steps.txt").exists() else 0
-    reached = (out / "reached").exists()
-    return {"status": statuses, "seconds": seconds, "orphans": len(orphans), "reached": reached, "steps": steps}
+    return {"status": statuses, "orphans": len(orphans)}
+
+
+class Runner:
+    """This file in a process of its own."""
+
+    def __enter__(self) -> "Runner":
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+        env = os.environ | {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=env, text=True, **pipes)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def __call__(self, flags: list[str], out: Path, ranks: int = 1, **more: Any) -> dict[str, Any]:
+        """Run main.py with `flags` in `ranks` processes, which print to the folder `out`.
+
+        More may be `kill`, a dict of rank, moment (of MOMENTS), count (which time it comes) and signal; `env`, the
+        launcher's variables for each rank, by default torchrun's; `seconds`, the limit for all of them, and `grace`,
+        that for the others after one has ended; `largest`, the size in bytes that a file may have; and `start_method`,
+        that of loader workers.
+
+        Returns each rank's `status` (negative: the signal that ended it; "hung" beyond the limit), `out` and `err` as
+        printed, whether the kill was `reached`, how many `updates` rank 0 made, and how many `orphans` outlived
+        their rank for long.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("reached", "updates.txt"):
+            (out / name).unlink(missing_ok=True)
+        command = DEFAULTS | {"flags": flags, "out": os.fspath(out), "ranks": ranks} | more
+        print(json.dumps(command), file=self.process.stdin, flush=True)
+        result = json.loads(self.process.stdout.readline())
+
+        def read(name: str) -> str:
+            # a test may have put a device in a file's place
+            return (out / name).read_text() if (out / name).is_file() else ""
+
+        for stream in ("out", "err"):
+            result[stream] = [read(f"{stream}{rank}.txt") for rank in range(ranks)]
+        result["reached"] = (out / "reached").exists()
+        result["updates"] = int(read("updates.txt") or 0)
+        return result
 
 
 if __name__ == "__main__":
-    print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

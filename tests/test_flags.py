@@ -1,336 +1,336 @@
-"""One row a flag: a context in which setting it changes something, or that start-up says it has no effect."""
+"""What each flag does, where it acts: data, epochs and pictures are stand-ins that record what they are called with."""
 
 import argparse
-import contextlib
-import functools
 import json
-import re
-import shutil
+from collections import defaultdict
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
-import builders
 import datasets
 import engine
 import main
-import training as train_module
-from util import options, report
-from util.distributed import init
+from data.images import ImageArray
+from util import checkpoint, command, distributed, options, visualize
 from util.errors import InputError
 
-CPU = torch.device("cpu")
-BASE = ["--data-set", "DIGITS", "--model", "dhvt_tiny_cifar_patch4", "--model-kwargs", "depth=2", "embed_dim=32"]
-BASE += ["num_heads=2", "--device", "cpu"]
-
-
-def rates(args: argparse.Namespace) -> list:
-    """Give each epoch's rate of each parameter group."""
-    optimizer, scheduler, _ = builders.build_optimization(args, builders.build_model(args, 10, (32, 32)), CPU)
-    found = []
-    for epoch in range(args.epochs):
-        scheduler.step(epoch)
-        found.append([group["lr"] for group in optimizer.param_groups])
-    return found
-
-
-def optimizer(args: argparse.Namespace) -> list:
-    found, _, _ = builders.build_optimization(args, nn.Linear(3, 3), CPU)
-    return [type(found).__name__, [{k: v for k, v in g.items() if k != "params"} for g in found.param_groups]]
-
-
-def model(args: argparse.Namespace) -> list:
-    """Give the model's structure; timm's classifier for classes is there when --nb-classes is."""
-    size = builders.find_input_size(args)
-    return [str(builders.build_model(args, args.nb_classes, size)), size]
-
-
-def training(args: argparse.Namespace) -> str:
-    return str(datasets.build_train_dataset(args, (48, 48)).transform)
-
-
-def evaluation(args: argparse.Namespace) -> str:
-    return str(datasets.build_val_dataset(args, (48, 48), None).transform)
-
-
-def loader(args: argparse.Namespace) -> list:
-    found = datasets.build_train_loader(args, datasets.build_train_dataset(args, (32, 32)))
-    found.sampler.set_epoch(1)
-    return [list(found.sampler)[:50], found.batch_size, found.num_workers, found.pin_memory]
-
-
-def mixing(args: argparse.Namespace) -> list:
-    """Give what the criterion and the mixing of images make of one batch."""
-    images, targets = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
-    criterion, mixup = builders.build_criterion(args, 4)
-    found = []
-    for seed in range(6):
-        np.random.seed(seed)
-        mixed, labels = (images, targets) if mixup is None else mixup(images.clone(), targets)
-        found += [mixed.tolist(), criterion(images.mean(dim=3)[:, :, :4].mean(dim=1), labels).item()]
-    return found
-
-
-# flag: what to give it, in which context besides, and what changes
-PROBED: dict[str, tuple[str, str, Callable]] = {
-    "--batch-size": ("32", "", loader),
-    "--epochs": ("7", "", rates),
-    "--accum-steps": ("4", "--epochs 2", rates),
-    "--lr": ("1e-3", "--epochs 6", rates),
-    "--unscale-lr": ("", "--epochs 6", rates),
-    "--sched": ("step", "--epochs 40", rates),
-    "--lr-noise": ("0.2 0.8", "--epochs 10", rates),
-    "--lr-noise-pct": ("0.01", "--epochs 10 --lr-noise 0.2 0.8", rates),
-    "--lr-noise-std": ("0.2", "--epochs 10 --lr-noise 0.2 0.8", rates),
-    "--warmup-lr": ("1e-5", "--epochs 6", rates),
-    "--min-lr": ("1e-4", "--epochs 9", rates),
-    "--decay-epochs": ("2", "--epochs 9 --sched step", rates),
-    "--warmup-epochs": ("1", "--epochs 9", rates),
-    "--decay-rate": ("0.5", "--epochs 40 --sched step", rates),
-    "--layer-decay": ("0.5", "--epochs 2", rates),
-    "--opt": ("sgd", "", optimizer),
-    "--opt-eps": ("1e-6", "", optimizer),
-    "--opt-betas": ("0.8 0.95", "", optimizer),
-    "--momentum": ("0.5", "--opt sgd", optimizer),
-    "--weight-decay": ("0.1", "", optimizer),
-    "--model": ("dhvt_tiny_cifar_patch2", "", model),
-    "--model-kwargs": ("depth=1", "", model),
-    "--input-size": ("48 32", "", model),
-    "--nb-classes": ("7", "", model),
-    "--drop": ("0.2", "", model),
-    "--drop-path": ("0.3", "", model),
-    "--aa": ("rand-m5", "", training),
-    "--color-jitter": ("0.1", "--aa none", training),
-    "--train-interpolation": ("bilinear", "", training),
-    "--reprob": ("0.5", "", training),
-    "--remode": ("const", "", training),
-    "--recount": ("2", "", training),
-    "--ThreeAugment": ("", "", training),
-    "--src": ("", "--ThreeAugment", training),
-    "--eval-crop-ratio": ("1", "", evaluation),
-    "--transform": ("timm", "", training),
-    "--seed": ("3", "", loader),
-    "--repeated-aug": ("", "--no-repeated-aug", loader),
-    "--no-repeated-aug": ("", "", loader),
-    "--num_workers": ("3", "", loader),
-    "--mixup": ("0.2", "--cutmix 0", mixing),
-    "--cutmix": ("0.2", "--mixup 0", mixing),
-    "--cutmix-minmax": ("0.2 0.4", "", mixing),
-    "--mixup-prob": ("0.3", "", mixing),
-    "--mixup-switch-prob": ("1", "", mixing),
-    "--mixup-mode": ("elem", "", mixing),
-    "--smoothing": ("0.3", "", mixing),
-    "--bce-loss": ("", "--smoothing 0", mixing),
-}
-
-
-@pytest.mark.parametrize("flag", PROBED)
-def test_setting_a_flag_changes_what_it_is_for(flag):
-    value, context, probe = PROBED[flag]
-    given = [*BASE, *context.split()]
-    with_flag = options.parse([*given, flag, *value.split()])
-    assert probe(options.parse(given)) != probe(with_flag)
-    assert options.without_effect(with_flag) == []
-
-
-# flag: what to give it, and in which context besides; a whole run prints, writes or computes something else
-RUNS = {
-    "--model-ema": ("", "--no-model-ema"),
-    "--no-model-ema": ("", ""),
-    "--model-ema-decay": ("0.5", ""),
-    "--clip-grad": ("1e-4", "--opt sgd"),
-    "--eval-freq": ("2", "--epochs 2"),
-    "--print-freq": ("1", ""),
-    "--output_dir": ("out2", ""),
-    "--keep-checkpoints": ("1", ""),
-    "--resume": ("run/checkpoint.pth", "--epochs 2"),
-    "--start_epoch": ("1", "--epochs 3 --resume old.pth"),
-    "--eval": ("", "--resume run/checkpoint.pth --epochs 2"),
-    "--use-ema": ("", "--eval --resume run/checkpoint.pth"),
-    "--test_speed": ("", ""),
-    "--only_test_speed": ("", ""),
-    "--amp": ("bf16", ""),
-    "--data-set": ("DIGITS", ""),
-    "--data-path": ("other", ""),
-    "--use-lmdb": ("", "--batch-size 4"),
-    "--finetune": ("run/checkpoint.pth", ""),
-    "--freeze": ("head", ""),
-    "--train-mode": ("", "--no-train-mode"),
-    "--no-train-mode": ("", ""),
-    "--distillation-type": ("soft", "STUDENT"),
-    "--distillation-alpha": ("0.9", "STUDENT --distillation-type hard"),
-    "--distillation-tau": ("3", "STUDENT --distillation-type soft"),
-    "--teacher-model": ("test_byobnet --teacher-path byob.pth", "STUDENT --distillation-type hard"),
-    "--teacher-path": ("teacher2.pth", "STUDENT --distillation-type hard"),
-    "--base_keep_rate": ("0.5", "EVIT"),
-    "--fuse_token": ("", "EVIT"),
-    "--drop_loc": ("0", "EVIT"),
-    "--shrink_start_epoch": ("1", "EVIT"),
-    "--shrink_epochs": ("2", "EVIT --epochs 2"),
-    "--visualize_mask": ("", "EVIT --resume evit/checkpoint.pth"),
-    "--visualize_attention": ("", "--resume run/checkpoint.pth"),
-    "--n_visualization": ("2", "--resume run/checkpoint.pth --visualize_attention"),
-    "--image-dir": ("other/train/ant", "--resume run/checkpoint.pth --visualize_attention"),
-}
-
-STUDENT = "--model deit_tiny_distilled_patch16_224 --model-kwargs patch_size=8 embed_dim=32 depth=1 num_heads=2"
-STUDENT += " --teacher-model test_resnet --teacher-path teacher.pth"
-TINY = "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_heads=2 --input-size 32 --device cpu"
-TINY += " --num_workers 0 --data-set FOLDER --data-path data --batch-size 8 --epochs 1 --warmup-epochs 0 --lr 1e-2"
-EVIT = "--model deit_tiny_patch16_shrink_base --model-kwargs patch_size=8 embed_dim=32 depth=2 num_heads=2"
-EVIT += " --drop_loc 1 --shrink_start_epoch 0"
 GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
+BASE = (
+    "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_heads=2 --data-set DIGITS --device cpu "
+    "--num_workers 0 --epochs 1 --warmup-epochs 0"
+)
+EVIT = (
+    "--model deit_tiny_patch16_shrink_base --model-kwargs patch_size=8 embed_dim=32 depth=2 num_heads=2 "
+    "--input-size 32 --drop_loc 1"
+)
+STUDENT = (
+    "--model deit_tiny_distilled_patch16_224 --model-kwargs patch_size=8 embed_dim=32 depth=1 num_heads=2 "
+    "--input-size 32 --distillation-type hard --teacher-model test_resnet --teacher-path teacher.pth"
+)
+EVAL = "--eval --resume run/checkpoint.pth"
+DEEPER = "--model-kwargs depth=2"
+STEP = "--sched step --unscale-lr"
+PICTURES = "--visualize_attention --resume run/checkpoint.pth"
+
+
+def blank_images(count: int = 64) -> ImageArray:
+    classes = [str(i) for i in range(10)]
+    return ImageArray(np.zeros((count, 8, 8, 3), np.uint8), [i % 10 for i in range(count)], classes, None)
+
+
+class Recorder:
+    """Stand-ins for the parts of a run, which record what they are called with."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+        self.rates: list[float] = []
+        self.evaluated: list[nn.Module] = []
+        self.benchmarked: list[int] = []
+        self.compiled: list[nn.Module] = []
+        self.kept: list[int] = []
+        self.pictures: tuple[str, list[str]] = ("", [])
+
+    def build_train_set(self, data, config, augment) -> ImageArray:
+        self.data = data
+        self.augment = augment
+        return blank_images()
+
+    def build_val_set(self, data, config, classes=None) -> ImageArray:
+        self.val_config = config
+        return blank_images()
+
+    def train_one_epoch(self, model, criterion, loader, precision, state, **kwargs) -> dict[str, float]:
+        self.criterion = criterion
+        self.loader = loader
+        self.precision = precision
+        self.state = state
+        self.kwargs = SimpleNamespace(**kwargs)
+        self.training = model.training
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
+        self.matmul = torch.get_float32_matmul_precision()
+        self.epochs.append(state.epoch + 1)
+        self.rates.append(round(max(group["lr"] for group in state.optimizer.param_groups), 10))
+        return {"train_loss": 1.0, "train_lr": 1.0}
+
+    def evaluate(self, model, loader, precision, **kwargs) -> dict[str, float]:
+        self.evaluated.append(model)
+        return {"loss": 1.0, "acc1": 50.0, "acc5": 50.0, "topk": 5, "count": 60}
+
+    def benchmark(self, model, size, batch_size, precision, **kwargs) -> dict[str, float]:
+        self.benchmarked.append(batch_size)
+        return defaultdict(float)
+
+    def write_pictures(self, mode, model, samples, **kwargs) -> list[Path]:
+        self.pictures = mode, [source for *_, source in samples]
+        return [Path("last.png")]
+
+    def init(self, device, backend, timeout) -> torch.device:
+        self.timeout = timeout
+        return torch.device(device)
+
+    def save_checkpoint(self, content, folder, keep, best) -> None:
+        self.kept.append(keep)
 
 
 @pytest.fixture(scope="module")
-def place(tree, tmp_path_factory) -> Path:
-    """Give a folder with data, other data, a finished run, checkpoints and teachers."""
+def place(tiny_run, tmp_path_factory) -> Path:
+    """Return a folder with run/, which is `tiny_run`, old.pth, a checkpoint without its epoch, teachers and images/."""
     folder = tmp_path_factory.mktemp("flags")
-    shutil.copytree(tree(count=12, side=32), folder / "data")
-    shutil.copytree(tree(count=10, side=40), folder / "other")
-    for split in ("train", "val"):
-        shutil.copy(GOLDEN / "legacy_digits.lmdb", folder / "data" / f"{split}.lmdb")
-    with contextlib.chdir(folder):
-        assert main.main([*TINY.split(), "--output_dir", "run"]) == 0
-        assert main.main([*TINY.split(), *EVIT.split(), "--output_dir", "evit"]) == 0
-        saved = torch.load("run/checkpoint.pth")
-        torch.save({k: v for k, v in saved.items() if k != "epoch"}, "old.pth")
-        for name, teacher in (("teacher", "test_resnet"), ("teacher2", "test_resnet"), ("byob", "test_byobnet")):
-            torch.save(timm.create_model(teacher, num_classes=2).state_dict(), f"{name}.pth")
+    (folder / "run").symlink_to(tiny_run)
+    saved = torch.load(tiny_run / "checkpoint.pth")
+    torch.save({name: value for name, value in saved.items() if name != "epoch"}, folder / "old.pth")
+    teacher = timm.create_model("test_resnet", num_classes=10)
+    torch.save(teacher.state_dict(), folder / "teacher.pth")
+    nn.init.constant_(teacher.fc.bias, 2.0)
+    torch.save(teacher.state_dict(), folder / "teacher2.pth")
+    torch.save(timm.create_model("test_byobnet", num_classes=10).state_dict(), folder / "byob.pth")
+    (folder / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "images" / "a.png")
     return folder
 
 
-def observe(flags: list[str], capsys) -> tuple:
-    """Run main.py; give status, words without times, and every file left, checkpoints as their weights."""
-    capsys.readouterr()
-    status = main.main(flags)
-    words = re.sub(
-        r"images_per_s \S+|data \d+%|left \S+|Trained for \S+|[\d.]+ images/s.*", "", capsys.readouterr().out
-    )
-    files = {}
-    for path in sorted(Path().rglob("out*/*.*")):
-        files[str(path)] = path.suffix == ".pth" and {k: v.tolist() for k, v in torch.load(path)["model"].items()}
-    return status, words, files
+@pytest.fixture
+def observe(place, tmp_path, monkeypatch) -> Callable[[str], Recorder]:
+    """Return a function that runs main.py in a folder like `place` and returns what the stand-ins recorded."""
+    monkeypatch.chdir(tmp_path)
+    for path in place.iterdir():
+        Path(path.name).symlink_to(path)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def run(flags: str) -> Recorder:
+        seen = Recorder()
+        for module, names in STAND_INS.items():
+            for name in names:
+                monkeypatch.setattr(module, name, getattr(seen, name))
+        monkeypatch.setattr(nn.Module, "compile", lambda module: seen.compiled.append(module))
+        try:
+            assert main.main(f"{BASE} {flags}".split()) == 0
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            torch.set_float32_matmul_precision("highest")
+        return seen
+
+    return run
 
 
-@pytest.mark.parametrize("flag", RUNS)
-def test_setting_a_flag_changes_what_a_run_does(flag, place, tmp_path, monkeypatch, capsys):
-    value, context = RUNS[flag]
-    measure = functools.partial(engine.benchmark, min_seconds=0.01)
-    monkeypatch.setattr(report, "benchmark", measure)
-    context = [*TINY.split(), *context.replace("STUDENT", STUDENT).replace("EVIT", EVIT).split()]
-    found = []
-    for i, given in enumerate(([], [flag, *value.split()])):
-        work = tmp_path / str(i)
-        work.mkdir()
-        for path in place.iterdir():
-            (work / path.name).symlink_to(path)
-        monkeypatch.chdir(work)
-        found.append(observe([*context, *([] if flag == "--output_dir" else ["--output_dir", "out"]), *given], capsys))
-    assert [status for status, _, _ in found] == [0, 0]
-    assert found[0] != found[1]
+STAND_INS = {
+    datasets: ("build_train_set", "build_val_set"),
+    engine: ("train_one_epoch", "evaluate", "benchmark"),
+    visualize: ("write_pictures",),
+    distributed: ("init",),
+    checkpoint: ("save_checkpoint",),
+}
+
+
+def group(seen: Recorder) -> dict:
+    """Return the options of the first group of parameters."""
+    return seen.state.optimizer.param_groups[0]
+
+
+def keep_rates(seen: Recorder) -> list[float]:
+    """Return the keep rate at the start of each of 14 epochs."""
+    return [round(seen.kwargs.keep_rate(epoch * seen.state.updates), 3) for epoch in range(14)]
+
+
+def trained(seen: Recorder) -> list[str]:
+    return [name for name, parameter in seen.state.model.named_parameters() if parameter.requires_grad]
+
+
+def noise(seen: Recorder) -> float:
+    """Return the largest relative difference of a learning rate from the default."""
+    return max(abs(rate / 5e-4 - 1) for rate in seen.rates)
+
+
+def is_channels_last(images: torch.Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last)
+
+
+def teacher_name(seen: Recorder) -> str:
+    return seen.criterion.teacher.pretrained_cfg["architecture"]
+
+
+def dropout(module: nn.Module) -> float:
+    return max(part.p for part in module.modules() if isinstance(part, nn.Dropout))
+
+
+def equals(name: str, tensor: torch.Tensor, key: str = "model") -> bool:
+    """Return whether a tensor is that of the tiny run's checkpoint."""
+    return torch.equal(tensor, torch.load("run/checkpoint.pth")[key][name])
+
+
+# flag: its value, the flags besides it, what it changes (an attribute, or a function) and to what
+ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
+    "--batch-size": ("32", "", "loader.batch_size", 32),
+    "--epochs": ("3", "", "epochs", [0, 1, 2]),
+    "--accum-steps": ("4", "", lambda s: (s.kwargs.accum_steps, s.rates), (4, [2.5e-4])),
+    "--output_dir": ("out", "", "state.folder", Path("out")),
+    "--resume": ("run/checkpoint.pth", "--epochs 2", "epochs", [1]),
+    "--start_epoch": ("1", "--epochs 3 --resume old.pth", "epochs", [1, 2]),
+    "--checkpoint-interval": ("0.5", "--output_dir out --resume auto", "kwargs.stop.interval", 0.5),
+    "--keep-checkpoints": ("5", "--output_dir out --resume auto", lambda s: s.kept[-1], 5),
+    "--eval": ("", "--resume run/checkpoint.pth --epochs 2", "epochs", []),
+    "--use-ema": ("", EVAL, lambda s: equals("head.bias", s.evaluated[0].head.bias, "model_ema"), True),
+    "--eval-freq": ("2", "--epochs 3 --no-model-ema", lambda s: len(s.evaluated), 2),
+    "--print-freq": ("3", "", "kwargs.print_freq", 3),
+    "--test_speed": ("", "", lambda s: (s.benchmarked, s.epochs), ([64, 64], [0])),
+    "--only_test_speed": ("", "", lambda s: (s.benchmarked, s.epochs), ([64, 64], [])),
+    "--speed-batch-size": ("3", "--only_test_speed", "benchmarked", [3, 3]),
+    "--seed": ("3", "", lambda s: (s.kwargs.seed, s.loader.sampler.seed), (3, 3)),
+    "--deterministic": ("", "", "deterministic", True),
+    "--amp": ("bf16", "", "precision.dtype", torch.bfloat16),
+    "--tf32": ("", "", "matmul", "high"),
+    "--compile": ("", "", lambda s: s.compiled == [s.state.model, s.state.ema and s.state.ema.module], True),
+    "--channels-last": ("", "", lambda s: is_channels_last(s.kwargs.prepare(torch.zeros(2, 3, 8, 8))), True),
+    "--grad-checkpointing": ("", "", lambda s: s.state.model.blocks[0].grad_checkpointing, True),
+    # the model
+    "--model": ("dhvt_tiny_cifar_patch2", "", "state.config.name", "dhvt_tiny_cifar_patch2"),
+    "--model-kwargs": ("depth=2", "", lambda s: len(s.state.model.blocks), 2),
+    "--input-size": ("48 32", "", "state.model.patch_embed.grid_size", (12, 8)),
+    "--nb-classes": ("12", "", "state.model.num_classes", 12),
+    "--eval-crop-ratio": ("1", "--input-size 48", "val_config.crop_ratio", 1.0),
+    "--drop": ("0.2", "", lambda s: (dropout(s.state.model.blocks), s.state.model.head_drop.p), (0.2, 0.0)),
+    "--drop-path": ("0.25", DEEPER, lambda s: s.state.model.blocks[1].drop_path1.drop_prob, 0.25),
+    "--model-ema": ("", "--no-model-ema", lambda s: s.state.ema is not None, True),
+    "--no-model-ema": ("", "", "state.ema", None),
+    "--model-ema-decay": ("0.5", "", "state.ema.decay", 0.5),
+    "--model-ema-force-cpu": ("", "", "state.ema.device", "cpu"),
+    "--base_keep_rate": ("0.5", f"{EVIT} --shrink_start_epoch 0", keep_rates, [0.5] * 14),
+    "--fuse_token": ("", EVIT, "state.model.fuse_token", True),
+    "--drop_loc": ("0", EVIT, "state.model.drop_loc", (0,)),
+    "--shrink_start_epoch": ("2", EVIT, keep_rates, [1.0] * 2 + [0.7] * 12),
+    "--shrink_epochs": ("2", EVIT, keep_rates, [1.0] * 11 + [0.85] + [0.7] * 2),
+    # fine-tuning
+    "--finetune": ("run/checkpoint.pth", "", lambda s: equals("norm.weight", s.state.model.norm.weight), True),
+    "--freeze": ("head", "", trained, ["head.weight", "head.bias"]),
+    "--layer-decay": ("0.5", "", lambda s: group(s).get("lr_scale"), 0.25),
+    "--train-mode": ("", "--no-train-mode", "training", True),
+    "--no-train-mode": ("", "", "training", False),
+    # optimization; the rates are those of each epoch
+    "--opt": ("sgd", "", lambda s: type(s.state.optimizer).__name__, "SGD"),
+    "--opt-eps": ("1e-6", "", lambda s: group(s)["eps"], 1e-6),
+    "--opt-betas": ("0.8 0.95", "", lambda s: tuple(group(s)["betas"]), (0.8, 0.95)),
+    "--momentum": ("0.5", "--opt sgd", lambda s: group(s)["momentum"], 0.5),
+    "--weight-decay": ("0.1", "", lambda s: s.state.optimizer.param_groups[-1]["weight_decay"], 0.1),
+    "--clip-grad": ("1", "", "kwargs.clip_grad", 1.0),
+    "--lr": ("1e-3", "", "rates", [1.25e-4]),
+    "--unscale-lr": ("", "", "rates", [5e-4]),
+    "--sched": ("step", "--epochs 4 --decay-epochs 2 --unscale-lr", "rates", [5e-4, 5e-4, 5e-5, 5e-5]),
+    "--decay-epochs": ("1", f"{STEP} --epochs 2", "rates", [5e-4, 5e-5]),
+    "--decay-rate": ("0.5", f"{STEP} --epochs 2 --decay-epochs 1", "rates", [5e-4, 2.5e-4]),
+    "--dr": ("0.5", f"{STEP} --epochs 2 --decay-epochs 1", "rates", [5e-4, 2.5e-4]),
+    "--warmup-lr": ("1e-5", "--epochs 3 --warmup-epochs 2", lambda s: s.rates[0], 1e-5),
+    "--warmup-epochs": ("2", "--epochs 3 --unscale-lr", lambda s: s.rates[:2], [1e-6, 2.505e-4]),
+    "--min-lr": ("1e-4", "--epochs 2 --unscale-lr", lambda s: s.rates[1], 3e-4),
+    "--lr-noise": ("0.4 0.8", f"{STEP} --epochs 5", lambda s: [r != 5e-4 for r in s.rates], [0, 0, 1, 1, 0]),
+    "--lr-noise-pct": ("0.01", f"{STEP} --epochs 5 --lr-noise 0", lambda s: noise(s) < 0.01, True),
+    "--lr-noise-std": ("1e-3", f"{STEP} --epochs 5 --lr-noise 0", lambda s: noise(s) < 0.01, True),
+    "--bce-loss": ("", "--smoothing 0", lambda s: type(s.criterion.loss).__name__, "BinaryCrossEntropy"),
+    "--smoothing": ("0.3", "", "kwargs.mixup.label_smoothing", 0.3),
+    "--mixup": ("0.2", "", "kwargs.mixup.mixup_alpha", 0.2),
+    "--cutmix": ("0.2", "", "kwargs.mixup.cutmix_alpha", 0.2),
+    "--cutmix-minmax": ("0.2 0.4", "", "kwargs.mixup.cutmix_minmax", [0.2, 0.4]),
+    "--mixup-prob": ("0.3", "", "kwargs.mixup.mix_prob", 0.3),
+    "--mixup-switch-prob": ("1", "", "kwargs.mixup.switch_prob", 1.0),
+    "--mixup-mode": ("elem", "", "kwargs.mixup.mode", "elem"),
+    # augmentation and data
+    "--aa": ("rand-m5", "", "augment.aa", "rand-m5"),
+    "--color-jitter": ("0.1", "", "augment.color_jitter", 0.1),
+    "--train-interpolation": ("bilinear", "", "augment.interpolation", "bilinear"),
+    "--reprob": ("0.5", "", "kwargs.prepare.random_erasing.probability", 0.5),
+    "--remode": ("const", "", "augment.remode", "const"),
+    "--recount": ("2", "", "kwargs.prepare.random_erasing.max_count", 2),
+    "--ThreeAugment": ("", "", "augment.three_augment", True),
+    "--src": ("", "", "augment.src", True),
+    "--repeated-aug": ("", "--no-repeated-aug", "loader.sampler.repeated_aug", True),
+    "--no-repeated-aug": ("", "", "loader.sampler.repeated_aug", False),
+    "--data-set": ("CIFAR-10", "--data-path x", "data.name", "CIFAR-10"),
+    "--data-path": ("x", "", "data.root", "x"),
+    "--use-lmdb": ("", "--data-set FOLDER --data-path x", "data.lmdb", True),
+    "--inat-category": ("order", "--data-set INAT --data-path x", "data.inat_category", "order"),
+    "--transform": ("timm", "", "data.transform", "timm"),
+    "--num_workers": ("3", "", "loader.num_workers", 3),
+    # distillation
+    "--distillation-type": ("soft", STUDENT, "criterion.kind", "soft"),
+    "--distillation-alpha": ("0.9", STUDENT, "criterion.alpha", 0.9),
+    "--distillation-tau": ("3", STUDENT, "criterion.tau", 3.0),
+    "--teacher-model": ("test_byobnet --teacher-path byob.pth", STUDENT, teacher_name, "test_byobnet"),
+    "--teacher-path": ("teacher2.pth", STUDENT, lambda s: s.criterion.teacher.fc.bias[0].item(), 2.0),
+    # pictures and processes
+    "--visualize_mask": ("", "--resume run/checkpoint.pth", lambda s: s.pictures[0], "mask"),
+    "--visualize_attention": ("", "--resume run/checkpoint.pth", lambda s: s.pictures[0], "attention"),
+    "--n_visualization": ("2", PICTURES, lambda s: s.pictures[1], ["image 0", "image 32"]),
+    "--image-dir": ("images", PICTURES, lambda s: s.pictures[1], ["a.png"]),
+    "--dist-timeout": ("7", "", "timeout", 7.0),
+}
+
+
+@pytest.fixture(scope="module")
+def without() -> dict[str, Recorder]:
+    """Return what was recorded without a row's flag, by the flags besides it."""
+    return {}
+
+
+@pytest.mark.parametrize("flag", ROWS)
+def test_a_flag_does_what_it_is_for(flag, observe, without):
+    value, context, probe, expected = ROWS[flag]
+    probe = attrgetter(probe) if isinstance(probe, str) else probe
+    if context not in without:
+        without[context] = observe(context)
+    assert probe(without[context]) != expected
+    assert probe(observe(f"{context} {flag} {value}")) == expected
 
 
 def test_device_chooses_the_device():
-    assert builders.find_amp_dtype("auto", main.distributed.pick_device("cpu")) is None
-    with pytest.raises(InputError, match="--device gpu"):
-        main.distributed.pick_device("gpu")
+    assert distributed.pick_device("cpu") == CPU
+    with pytest.raises(InputError, match="--device gpu: no such device"):
+        distributed.pick_device("gpu")
 
 
-def test_inat_category_chooses_what_a_class_is():
-    args = options.parse(["--data-set", "INAT", "--data-path", "x", "--inat-category", "order"])
-    assert args.inat_category == "order" and options.parse(["--data-set", "DIGITS"]).inat_category == "name"
-
-
-@pytest.mark.parametrize(
-    ("flags", "pinned"), [([], True), (["--no-pin-mem"], False), (["--no-pin-mem", "--pin-mem"], True)]
-)
-def test_pinned_memory_is_for_accelerators(flags, pinned, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert loader(options.parse([*BASE, "--num_workers", "0", *flags]))[-1] is pinned
-
-
-def test_the_average_can_stay_on_the_cpu(tiny_flags, monkeypatch):
-    seen = []
-    ema = train_module.ModelEmaV3
-    monkeypatch.setattr(train_module, "ModelEmaV3", lambda *a, **k: seen.append(k["device"]) or ema(*a, **k))
-    for flags in ([], ["--model-ema-force-cpu"]):
-        assert main.main([*tiny_flags, "--batch-size", "512", *flags]) == 0
-    assert seen == [None, CPU]
+@pytest.mark.parametrize(("flags", "pinned"), [("", True), ("--no-pin-mem", False), ("--no-pin-mem --pin-mem", True)])
+def test_pinned_memory_is_for_accelerators(flags, pinned):
+    args = options.parse([*BASE.split(), *flags.split()])
+    assert options.data_config(args, torch.device("cuda")).pin_memory is pinned
+    assert options.data_config(args, CPU).pin_memory is False
 
 
 def test_the_backend_can_be_chosen(monkeypatch, capsys):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert main.main([*BASE, "--dist-backend", "pigeons"]) == 2
-    assert "pigeons" in capsys.readouterr().err
+    assert main.main([*BASE.split(), "--dist-backend", "pigeons"]) == 2
+    assert "--dist-backend pigeons" in capsys.readouterr().err
 
 
-def test_speed_flags_reach_the_run(tiny_flags, monkeypatch):
-    seen = []
-
-    def train(model, criterion, loader, optimizer, precision, *args):
-        seen.append((precision.channels_last, model.blocks[0].grad_checkpointing, torch.get_float32_matmul_precision()))
-        return {"train_loss": 1.0, "train_lr": 1.0}
-
-    monkeypatch.setattr(engine, "train_one_epoch", train)
-    monkeypatch.setattr(nn.Module, "compile", lambda module: seen.append("compiled"))
-    for flags in ([], ["--channels-last", "--grad-checkpointing", "--tf32"], ["--compile"]):
-        try:
-            assert main.main([*tiny_flags, *flags]) == 0
-        finally:
-            torch.set_float32_matmul_precision("highest")
-    # with --compile, the model and its average
-    assert seen == [(False, False, "highest"), (True, True, "high"), "compiled", "compiled", (False, False, "highest")]
-
-
-def test_speed_is_measured_at_a_batch_size_of_its_own(tiny_flags, monkeypatch):
-    seen = []
-    measure = functools.partial(engine.benchmark, min_seconds=0.01)
-    monkeypatch.setattr(report, "benchmark", lambda *a, **k: seen.append(a[2]) or measure(*a, **k))
-    for flags in ([], ["--speed-batch-size", "3"]):
-        assert main.main([*tiny_flags, "--batch-size", "2", "--only_test_speed", *flags]) == 0
-    assert seen == [2, 2, 3, 3]
-
-
-def test_flags_of_survival_reach_the_run(tiny_flags, monkeypatch, tmp_path):
-    seen = []
-
-    def train(args, saved, source, size, precision, preemption):
-        seen.append((torch.are_deterministic_algorithms_enabled(), preemption.interval, args.on_bad_image))
-
-    monkeypatch.setattr(main.training, "train", train)
-    monkeypatch.setattr(main.distributed, "init", lambda *a: seen.append(a[2]) or init(*a))
-    try:
-        for flags in ("", "--deterministic --checkpoint-interval 0.5 --dist-timeout 7 --on-bad-image skip"):
-            assert main.main([*tiny_flags, "--output_dir", str(tmp_path / "out"), *flags.split()]) == 0
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert seen == [600.0, (False, None, "error"), 7.0, (True, 0.5, "skip")]
-
-
-SPECIAL = {
-    "--deterministic": test_flags_of_survival_reach_the_run,
-    "--checkpoint-interval": test_flags_of_survival_reach_the_run,
-    "--dist-timeout": test_flags_of_survival_reach_the_run,
-    "--on-bad-image": test_flags_of_survival_reach_the_run,
-    "--compile": test_speed_flags_reach_the_run,
-    "--channels-last": test_speed_flags_reach_the_run,
-    "--grad-checkpointing": test_speed_flags_reach_the_run,
-    "--tf32": test_speed_flags_reach_the_run,
-    "--speed-batch-size": test_speed_is_measured_at_a_batch_size_of_its_own,
-    "--device": test_device_chooses_the_device,
-    "--inat-category": test_inat_category_chooses_what_a_class_is,
-    "--pin-mem": test_pinned_memory_is_for_accelerators,
-    "--no-pin-mem": test_pinned_memory_is_for_accelerators,
-    "--model-ema-force-cpu": test_the_average_can_stay_on_the_cpu,
-    "--dist-backend": test_the_backend_can_be_chosen,
-}
+SPECIAL = {"--device", "--pin-mem", "--no-pin-mem", "--dist-backend"}
 NO_EFFECT = {
     "--resplit": "",
     "--dist-eval": "",
@@ -342,58 +342,119 @@ NO_EFFECT = {
 }
 
 
-@pytest.mark.parametrize("flag", NO_EFFECT)
-def test_a_flag_without_effect_is_taken_and_said(flag):
-    args = options.parse([*BASE, flag, *NO_EFFECT[flag].split()])
-    (line,) = options.without_effect(args)
-    assert line.startswith(f"{flag} has no effect: ")
-    assert rates(options.parse([*BASE, "--epochs", "12"])) == rates(
-        options.parse([*BASE, "--epochs", "12", flag, *NO_EFFECT[flag].split()])
-    )
-
-
-REFUSED = {
-    "--base_keep_rate": "0.5",
-    "--fuse_token": "",
-    "--drop_loc": "3,6",
-    "--shrink_start_epoch": "1",
-    "--shrink_epochs": "5",
-    "--visualize_mask": "",
-}
-
-
-@pytest.mark.parametrize("flag", REFUSED)
-def test_flags_of_token_reorganisation_are_refused_for_models_without_it(flag):
-    match = f"{flag} is for models that reorganise tokens, .*: take deit_base_patch16_shrink_base, deit_small_patch16_"
-    with pytest.raises(InputError, match=match):
-        options.parse([*BASE, flag, *REFUSED[flag].split()])
-
-
 def all_flags() -> dict[str, argparse.Action]:
-    return {a.option_strings[0]: a for a in options.build_parser()._actions if "--help" not in a.option_strings}
+    return {s: a for a in options.build_parser()._actions for s in a.option_strings if s not in ("-h", "--help")}
 
 
 def test_every_flag_has_its_row():
-    rows = [*PROBED, *RUNS, *SPECIAL, *NO_EFFECT]
+    rows = [*ROWS, *SPECIAL, *NO_EFFECT]
     assert len(rows) == len(set(rows)) and set(rows) == set(all_flags())
 
 
+def test_flags_of_old_command_lines_are_accepted_and_their_help_says_that_they_have_no_effect():
+    before = vars(options.parse(BASE.split()))
+    for flag, value in NO_EFFECT.items():
+        action = all_flags()[flag]
+        after = vars(options.parse([*BASE.split(), flag, *value.split()]))
+        assert {name for name in after if after[name] != before[name]} == {action.dest, "given"}
+        assert "no effect" in action.help
+
+
 NOT_HERE = {"cosub", "attn_only", "distributed"}  # the specification leaves them out
-OTHER_DEFAULTS = {"device": None, "data_path": None, "input_size": None, "num_workers": None}
+OTHER_DEFAULTS = dict.fromkeys(("device", "data_path", "input_size", "num_workers"))
+WORDS = {"int": "2", "float": "0.5"}
 
 
 def test_published_flags_keep_spelling_type_default_and_choices():
-    ours = {s: a for a in all_flags().values() for s in a.option_strings}
+    flags = all_flags()
     for row in json.loads((GOLDEN / "cli_flags.json").read_text()):
         if row["dest"] in NOT_HERE:
-            assert row["flags"][0] not in ours
+            assert row["flags"][0] not in flags
             continue
         for flag in row["flags"]:
-            action = ours[flag]
+            action = flags[flag]
             assert action.dest == row["dest"], flag
             assert action.default == OTHER_DEFAULTS.get(row["dest"], row["default"]), flag
             assert (action.nargs == 0) == (row["nargs"] == "switch"), flag
-            if row["nargs"] != "switch":
-                assert (action.type or str).__name__ == (row["type"] or "str"), flag
+            if row["type"] in WORDS:
+                assert type(action.type(WORDS[row["type"]])).__name__ == row["type"], flag
             if row["choices"]:
                 assert set(row["choices"]) <= set(action.choices), flag
+
+
+def value_of(action: argparse.Action) -> list[str]:
+    """Return a value that a flag takes, if it takes one."""
+    if action.nargs == 0:
+        return []
+    if action.dest == "model_kwargs":
+        return ["a=1"]
+    if action.choices:
+        return [action.choices[-1]]
+    return ["0"] if action.type is command.below_one else ["1"]
+
+
+def test_dashes_and_underscores_are_alike_and_what_was_given_is_known():
+    parser = options.build_parser()
+    for flag, action in all_flags().items():
+        words = value_of(action)
+        spellings = [flag, f"--{flag[2:].replace('_', '-')}", f"--{flag[2:].replace('-', '_')}"]
+        results = [parser.parse_args([spelling, *words]) for spelling in spellings]
+        results += [parser.parse_args([f"{flag}={word}"]) for word in words]
+        assert all(vars(result) == vars(results[0]) for result in results)
+        assert results[0].given == {action.dest}
+
+
+SYNONYMS = {
+    "--learning-rate": "--lr",
+    "--wd": "--weight-decay",
+    "--image-size": "--input-size",
+    "--dataset": "--data-set",
+    "--workers": "--num_workers",
+    "--gpu": "--device",
+    "--test": "--eval",
+    "--bach-size": "--batch-size",
+    "-batch-size": "--batch-size",
+}
+
+
+@pytest.mark.parametrize("flag", [*SYNONYMS, "--epoch", "--no-such-flag"])
+def test_unknown_flags_and_prefixes_are_refused_with_a_hint(flag):
+    hint = f"did you mean {SYNONYMS.get(flag, '--epochs')}?"
+    if flag == "--no-such-flag":
+        hint = "--help lists the flags"
+    with pytest.raises(InputError) as caught:
+        options.parse([*BASE.split(), flag, "1"])
+    assert str(caught.value) == f"{flag}: no such flag; {hint}"
+
+
+# type of a flag: (words that it takes, words that it refuses, what must be)
+TYPES = {
+    "positive_int": ("1 7", "0 -1 1.5 x 2147483648", "at least 1"),
+    "nonnegative_int": ("0 7", "-1 nan", "0 or more"),
+    "positive_float": ("1e-9 3", "0 -1 inf nan x", "above 0"),
+    "nonnegative_float": ("0 0.5", "-0.1 inf", "0 or more"),
+    "fraction": ("0 1", "-0.1 1.1", "from 0 to 1"),
+    "open_fraction": ("0.1 1", "0 1.1 nan", "above 0 and at most 1"),
+    "below_one": ("0 0.99", "1 -0.1", "at least 0 and below 1"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_of_flags_check_their_range(name):
+    taken, refused, text = TYPES[name]
+    parser = command.Parser()
+    parser.add_argument("--flag", type=getattr(command, name))
+    for word in taken.split():
+        assert parser.parse_args([f"--flag={word}"]).flag == float(word)
+    for word in refused.split():
+        with pytest.raises(InputError) as caught:
+            parser.parse_args([f"--flag={word}"])
+        line = str(caught.value)
+        assert line == f"--flag: {word} must be {text}" or line.startswith(f"--flag: {word!r} is not a")
+
+
+@pytest.mark.parametrize("flag", ["base_keep_rate 0.5", "fuse_token", "drop_loc 3,6", "shrink_start_epoch 1"])
+def test_flags_of_token_reorganisation_are_refused_for_models_without_it(flag):
+    with pytest.raises(InputError, match=f"--{flag.split()[0]} is for EViT"):
+        options.parse(f"{BASE} --{flag}".split())
+    options.parse(f"{BASE} {EVIT} --{flag}".split())

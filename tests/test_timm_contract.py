@@ -1,42 +1,31 @@
 """Our models pass timm's own tests: what timm promises of any model in its registry, it promises of these.
 
-Eleven models are minutes of work, so they run in three parts, each once in a test session. Under pytest-xdist a worker
-that finds a part running runs another one meanwhile, so the workers share them however the tests are distributed.
+The wheel does not carry timm's tests, so pip fetches the source distribution of the pinned version into tests/.timm,
+which is not committed.
 """
 
+import hashlib
 import os
-import pickle
-from collections.abc import Callable
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import timm
-import timm_contract
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-PARTS = {  # of about the same length: -k expression -> models
-    "dhvt and cifar": [
-        "dhvt_tiny_cifar_patch4",
-        "dhvt_small_cifar_patch4",
-        "dhvt_tiny_cifar_patch2",
-        "dhvt_small_cifar_patch2",
-    ],
-    "dhvt and not cifar": [
-        "dhvt_tiny_domain_patch16",
-        "dhvt_small_domain_patch16",
-        "dhvt_tiny_imagenet_patch16",
-        "dhvt_small_imagenet_patch16",
-    ],
-    "shrink_base": [
-        "deit_tiny_patch16_shrink_base",
-        "deit_small_patch16_shrink_base",
-        "deit_base_patch16_shrink_base",
-    ],
-}
+VERSION = "1.0.31"
+SHA256 = "baa0b333339c46d3d6d4965d99b69f5053afed71210e8f433d7ea5ee6a18f0ec"
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(__file__).resolve().parent / ".timm"
 
-# All that timm has for a model with forward_intermediates, whose features are tokens and which TorchScript and FX can
-# follow. Not among them: test_model_default_cfgs (for features on a spatial grid), test_model_forward_features (for
-# convolutional stages), test_model_inference (for published weights).
+# One size of each class; the others differ in numbers only, and are for -m slow
+MODELS = ["dhvt_tiny_cifar_patch4", "dhvt_tiny_imagenet_patch16", "deit_tiny_patch16_shrink_base"]
+
+# All that timm has for a model with forward_intermediates whose features are tokens and which FX can follow. Not among
+# them: tests for convolutional stages, TorchScript (deprecated in torch) and published weights.
 TESTS = [
     "test_model_forward",
     "test_model_backward",
@@ -44,61 +33,79 @@ TESTS = [
     "test_model_forward_intermediates",
     "test_model_forward_intermediates_features",
     "test_prune_intermediate_layers_contract",
-    "test_model_forward_torchscript",
     "test_model_forward_fx",
     "test_model_backward_fx",
-    "test_model_forward_fx_torchscript",
 ]
 
+# Selects tests by function and parameter: words of a -k expression match the names of folders too
+CONFTEST = """
+import os
 
-def run_once(part: str, report: Path) -> None:
-    """Run timm's tests of one part, unless a worker has done so; keep the outcomes, or the error, beside the report."""
-    result = report.with_suffix(".pickle")
-    if result.exists():
-        return
-    try:
-        outcomes = timm_contract.run(part, ["dhvt*"], ["dhvt", "evit"], report)
-    except Exception as error:  # kept for the part's other models, whose tests then say the same
-        outcomes = error
-    result.write_bytes(pickle.dumps(outcomes))
+def pytest_collection_modifyitems(items):
+    names, tests = os.environ["CONTRACT_MODEL"], os.environ["CONTRACT_TESTS"].split()
+    items[:] = [
+        item for item in items
+        if item.originalname in tests and getattr(item, "callspec", None) and names in item.callspec.params.values()
+    ]
+"""
+
+
+def fetch() -> Path:
+    """Fetch timm's source distribution with pip unless it is there, and check that it is the expected one."""
+    assert timm.__version__ == VERSION, "the tests are those of another version: change both together"
+    sdist = CACHE / f"timm-{VERSION}.tar.gz"
+    if not sdist.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=timm"]
+        command += ["--timeout=10", "--retries=1", f"--dest={CACHE}", f"timm=={VERSION}"]
+        pip = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if pip.returncode:
+            pytest.skip(f"pip cannot fetch timm's own tests: {pip.stderr.strip().splitlines()[-1]}")
+    assert hashlib.sha256(sdist.read_bytes()).hexdigest() == SHA256
+    return sdist
+
+
+def extend_list(text: str, name: str, items: list[str]) -> str:
+    """Append items to a list that the text of a module assigns on its top level, right after that list."""
+    head, opening, tail = text.partition(f"\n{name} = [\n")
+    body, closing, rest = tail.partition("\n]\n")
+    assert opening and closing and opening not in rest, f"timm's tests no longer assign {name} once"
+    return f"{head}{opening}{body}{closing}{name} += {items!r}\n{rest}"
 
 
 @pytest.fixture(scope="session")
-def outcomes_of(tmp_path_factory) -> Callable[[str], list]:
-    """Return a function from a model to the outcomes of timm's tests, which runs its part if no worker has."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # a worker's own folder lies in that of the whole session
-    reports = {part: folder / f"timm_{i}.xml" for i, part in enumerate(PARTS)}
+def timm_tests() -> Path:
+    """Return timm's tests/test_models.py with our entries in two of its lists, and nothing else changed.
 
-    def outcomes_of(model: str) -> list:
-        own = next(part for part, names in PARTS.items() if model in names)
-        for part in [own, *PARTS]:
-            try:
-                with FileLock(reports[part].with_suffix(".lock"), blocking=False):
-                    run_once(part, reports[part])
-            except Timeout:
-                continue  # another worker is at it
-            if part == own:
-                break
-        with FileLock(reports[own].with_suffix(".lock")):
-            run_once(own, reports[own])
-        outcomes = pickle.loads(reports[own].with_suffix(".pickle").read_bytes())
-        if isinstance(outcomes, timm_contract.CannotFetchError):
-            pytest.skip(f"timm's own tests do not come with it, and pip could not fetch them: {outcomes}")
-        if isinstance(outcomes, Exception):
-            raise outcomes
-        return outcomes.get(model, [])
-
-    return outcomes_of
+    The lists say which names are transformers without the spatial features of a convolutional network, and which
+    modules have `forward_intermediates`: timm tests what they name the harder for it.
+    """
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "lock"):
+        with tarfile.open(fetch()) as archive:
+            text = archive.extractfile(f"timm-{VERSION}/tests/test_models.py").read().decode()
+        text = extend_list(text, "NON_STD_FILTERS", ["dhvt*"])
+        text = extend_list(text, "FEAT_INTER_FILTERS", ["dhvt", "evit"])
+        (CACHE / "conftest.py").write_text(CONFTEST)
+        path = CACHE / "test_timm_models.py"
+        path.write_text(text)
+    return path
 
 
-def test_every_registered_model_is_tested():
-    assert sorted(sum(PARTS.values(), [])) == sorted(timm.list_models(module=["dhvt", "evit"]))
-
-
-@pytest.mark.parametrize("model", [name for names in PARTS.values() for name in names])
-def test_model_passes_timms_own_tests(model, outcomes_of):
-    outcomes = outcomes_of(model)
-    assert sorted(outcome.test for outcome in outcomes) == sorted(TESTS)
-    assert [outcome for outcome in outcomes if outcome.status != "passed"] == []
+@pytest.mark.parametrize(
+    "model",
+    MODELS
+    + [pytest.param(m, marks=pytest.mark.slow) for m in timm.list_models(module=["dhvt", "evit"]) if m not in MODELS],
+)
+def test_model_passes_timms_own_tests(model, timm_tests, tmp_path):
+    """In a process of their own, where timm's tests may set torch's global switches."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env |= {"CONTRACT_MODEL": model, "CONTRACT_TESTS": " ".join(TESTS)}
+    report = tmp_path / "report.xml"
+    # none of this repository's pytest options: an empty configuration
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={CACHE}", "-p", "no:cacheprovider"]
+    command += ["-p", "models", f"--junitxml={report}", "--disable-warnings", "--quiet", str(timm_tests)]
+    result = subprocess.run(command, env=env, cwd=CACHE, capture_output=True, text=True, timeout=1200)
+    cases = list(ET.parse(report).iter("testcase"))
+    assert sorted(case.get("name").partition("[")[0] for case in cases) == sorted(TESTS), result.stdout[-2000:]
+    assert [case.get("name") for case in cases if len(case)] == [], result.stdout[-2000:]

@@ -1,307 +1,356 @@
-"""Checkpoints: written so that an interrupted save harms nothing, read without running what they hold."""
+"""The state of a run and its checkpoints, saved in an order in which an interruption harms nothing."""
 
-import argparse
-import io
 import os
-import pathlib
-import pickle
 import re
+import reprlib
 import shutil
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from http.client import HTTPException
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
-from torch import nn
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
+from util import distributed
+from util.config import DataConfig, ModelConfig
+from util.distributed import print0
 from util.errors import InputError
+from util.weights import first_line, get_weights, load, load_weights, saved_flags
 
-NUMBERED = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")  # epoch, and updates made where it is not finished
+# checkpoint_0012.pth: epoch 12 is finished; checkpoint_0013_000200.pth: 200 updates of epoch 13 are made
+NUMBERED = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
-LARGEST_DOWNLOAD = 16 << 30  # bytes
-
-# Types that published checkpoints hold beside tensors: an argparse.Namespace with paths and NumPy numbers in it.
-ALLOWED = [
-    argparse.Namespace,
-    pathlib.Path,
-    pathlib.PurePath,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
-    pathlib.PureWindowsPath,
-    np._core.multiarray.scalar,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)),
-]
+# flags whose change at a resume changes no result
+UNREPORTED = {
+    "resume",
+    "output_dir",
+    "device",
+    "num_workers",
+    "print_freq",
+    "checkpoint_interval",
+    "dist_timeout",
+}
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Raise InputError where a write below --output_dir fails within this context."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save raises an error of its own, in whose context the file's is
+        cause = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if not cause:
+            raise
+        raise InputError(
+            f"--output_dir {folder}: cannot be written ({cause.strerror or cause}); the last checkpoint "
+            "is intact: fix that, and continue with --resume auto"
+        ) from None
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that replaces `path` at the end: a reader sees the old file or the new one, whole."""
+    # all files of a kind have this name in turn, so that the next one replaces what a kill left
+    temporary = path.with_name(f".new{path.suffix}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            # the content must be on the disk before the name is
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
-def _publish(source: Path, target: Path) -> None:
-    """Give a finished file another name, atomically, without writing it twice where the file system has links."""
-    temporary = target.with_name(f".{target.name}.tmp")
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file, see `open_atomic`."""
+    with open_atomic(path) as file:
+        file.write(data)
+
+
+def link_atomic(source: Path, target: Path) -> None:
+    """Replace `target` by another name of the file `source`, or by a copy where the file system has no links."""
+    # not open_atomic's name: writing to what a kill left under this one would change a checkpoint
+    temporary = target.with_name(".link.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
     os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # renaming onto another name of the same file leaves both
 
 
-def save(state: dict[str, Any], folder: Path, keep: int, best: bool) -> None:
-    """Write checkpoint.pth, `keep` numbered files of the last epochs (two or more), and best_checkpoint.pth.
+@dataclass
+class TrainState:
+    """All progress of a run, and what is saved with it. `state_dict` and `load_state_dict` are each other's inverse.
 
-    `state["epoch"]` is the last finished epoch, from 0; with a `state["position"]` the next has begun, and `keep` files
-    of it are kept beside those of the epochs until it is finished. Files of later moments, left by a run that was
-    resumed from an earlier one, are removed once this one is safe.
+    A model that reorganises tokens is best at the lowest keep rate that it was evaluated at: its accuracy with more
+    tokens is that of a slower model.
     """
-    now = state["epoch"] + 1, (state.get("position") or {}).get("update", 0)
-    fresh = folder / ".checkpoint.new"
-    try:
-        with open(fresh, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if keep > 1:
-            _publish(fresh, folder / _number(*now))
-        if best:
-            _publish(fresh, folder / "best_checkpoint.pth")
-        _publish(fresh, folder / "checkpoint.pth")
-    finally:
-        fresh.unlink(missing_ok=True)
-    _sync_folder(folder)
-    moments = _numbered(folder)
-    past = sorted(m for m in moments if m <= now) if keep > 1 else []
-    begun = [m for m in past if m[1] and m[0] == now[0] and now[1]]
-    kept = [*[m for m in past if not m[1]][-keep:], *begun[-keep:]]
-    for moment, path in moments.items():
-        if moment not in kept:
-            path.unlink()
 
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    config: ModelConfig
+    data: DataConfig
+    classes: Sequence[str]
+    # the command line
+    args: dict[str, Any]
+    # per epoch
+    updates: int
+    folder: Path | None = None
+    # where the run is: the last finished epoch, from 0, and what is done of the one after it
+    epoch: int = -1
+    update: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    # of the last update
+    keep_rate: float | None = None
+    # percent, -1 before an evaluation; the epochs are those of best_checkpoint.pth and best_ema_checkpoint.pth
+    max_accuracy: float = -1.0
+    max_accuracy_ema: float = -1.0
+    best_epoch: int | None = None
+    best_epoch_ema: int | None = None
+    best_keep_rate: float | None = None
 
-def _number(epoch: int, update: int) -> str:
-    """Name a moment's file: `update` updates of `epoch` made; 0 of one are the end of the epoch before."""
-    return f"checkpoint_{epoch:04d}_{update:06d}.pth" if update else f"checkpoint_{epoch - 1:04d}.pth"
+    PROGRESS = (
+        "epoch",
+        "keep_rate",
+        "max_accuracy",
+        "max_accuracy_ema",
+        "best_epoch",
+        "best_epoch_ema",
+        "best_keep_rate",
+    )
 
+    @property
+    def lr(self) -> float:
+        """Return the learning rate; with layer decay it is the head's."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
-def _numbered(folder: Path) -> dict[tuple[int, int], Path]:
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if match := NUMBERED.fullmatch(path.name):
-            epoch, update = match.groups()
-            found[(int(epoch) + 1, 0) if update is None else (int(epoch), int(update))] = path
-    return found
+    @property
+    def conditions(self) -> dict[str, int]:
+        """Return what decides which images are in which update: where it changes, no resume is bit-exact."""
+        names = ("batch_size", "accum_steps", "seed", "repeated_aug")
+        flags = {name: self.args[name] for name in names}
+        return {"updates": self.updates, "processes": distributed.world_size(), **flags}
 
+    def finish_epoch(self, test: Mapping[str, float]) -> list[str]:
+        """Record an epoch and its evaluation, {} if there was none; return the names under which to save it as best."""
+        self.epoch += 1
+        self.update = 0
+        self.losses = []
+        self.seconds = 0.0
+        # a lower keep rate than before: accuracies at the higher one do not count any more
+        rate = self.keep_rate
+        if test and rate is not None and (self.best_keep_rate is None or rate < self.best_keep_rate):
+            self.max_accuracy = -1.0
+            self.max_accuracy_ema = -1.0
+            self.best_keep_rate = rate
+        best = []
+        accuracy = test.get("test_acc1", -1.0)
+        if accuracy > self.max_accuracy:
+            self.max_accuracy = accuracy
+            self.best_epoch = self.epoch
+            best.append("best_checkpoint.pth")
+        accuracy = test.get("test_ema_acc1", -1.0)
+        if accuracy > self.max_accuracy_ema:
+            self.max_accuracy_ema = accuracy
+            self.best_epoch_ema = self.epoch
+            best.append("best_ema_checkpoint.pth")
+        return best
 
-def find_all(folder: Path) -> list[Path]:
-    """List a folder's resumable checkpoints, newest first; the best one, of whatever epoch, is the last resort."""
-    numbered = _numbered(folder)
-    named = [folder / "checkpoint.pth", folder / "best_checkpoint.pth"]
-    return [numbered[n] for n in sorted(numbered, reverse=True)] + [path for path in named if path.is_file()]
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: tensors and plain values."""
+        position = {name: getattr(self, name) for name in ("update", "losses", "seconds", "conditions")}
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "args": self.args,
+            "config": asdict(self.config),
+            "data": asdict(self.data),
+            "classes": list(self.classes),
+            # at an epoch's end there is none: the next epoch may have other batches
+            "position": position if self.update else None,
+            **{name: getattr(self, name) for name in self.PROGRESS},
+        }
 
+    def load_state_dict(self, saved: Mapping[str, Any], source: str) -> None:
+        """Continue from a checkpoint of this program or of the published scripts. Raises InputError.
 
-def mend(folder: Path, best: Path | None) -> None:
-    """Remove what a run that was killed while it saved has left; `best` is a file that it had not made the best yet."""
-    for path in folder.glob(".*"):
-        if path.name == ".checkpoint.new" or path.name.endswith(".tmp"):
-            path.unlink(missing_ok=True)
-    if best is not None and (match := NUMBERED.fullmatch(best.name)) and match[2] is None:
-        _publish(best, folder / "best_checkpoint.pth")
+        Learning rates follow today's flags: the schedule is a function of the epoch. Changed flags are reported.
+        """
+        if "optimizer" not in saved:
+            raise InputError(f"{source}: holds weights only, no run to resume; did you mean --eval or --finetune?")
+        # Weights, and their EMA
+        remedy = "give the flags it was trained with; or did you mean --finetune?"
+        weights = get_weights(saved, source)
+        load_weights(self.model, weights, source, remedy)
+        if self.ema is not None:
+            if saved.get("model_ema"):
+                weights = get_weights(saved, source, use_ema=True)
+            else:
+                print0(f"{source}: no EMA in it; the EMA starts from the loaded weights")
+            load_weights(self.ema.module, weights, source, remedy)
 
+        # Optimizer; another one would not know what to make of the moments
+        flags = saved_flags(saved)
+        opt = self.args["opt"]
+        if flags.get("opt", opt).lower() == opt.lower():
+            load_optimizer(self.optimizer, saved["optimizer"], source)
+        else:
+            print0(f"{source}: --opt was {flags['opt']}; {opt} starts without its state")
+        if saved.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
 
-@contextmanager
-def writing(folder: str | Path) -> Iterator[None]:
-    """Raise InputError for a write into --output_dir that fails inside."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause: BaseException | None = error  # torch's writer ends in an error of its own
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        reason = cause.strerror or _first_line(cause)
-        raise InputError(
-            f"--output_dir {folder}: cannot be written ({reason}); the last checkpoint is as it "
-            "was: mend that, and go on with --resume auto"
-        ) from None
+        self._load_progress(saved, source)
+        for name, value in self.args.items():
+            before = flags.get(name, value)
+            if before != value and value is not None and name not in UNREPORTED:
+                print0(f"resume: --{name} was {reprlib.repr(before)[:80]} and is {value} from here on")
 
-
-def load(source: str | Path) -> dict[str, Any]:
-    """Read a checkpoint (a file, or an http(s) URL) onto the CPU; a bare state dict becomes {"model": ...}.
-
-    The zip's checksums are verified first, because torch does not; nothing is unpickled but tensors, plain types and
-    the `ALLOWED` ones. Raises InputError with one line.
-    """
-    if str(source).startswith(("http://", "https://")):
-        data = _download(str(source))
-    else:
-        path = Path(source)
-        if not path.is_file():
-            what = "a folder; name the file, such as checkpoint.pth in it" if path.is_dir() else "no such checkpoint"
-            raise InputError(f"{source}: {what}")
-        data = path
-    _check_zip(data, source)
-    try:
-        with torch.serialization.safe_globals(ALLOWED):
-            content = torch.load(data, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|class|global|function) ([\w.]*\.[\w.]+)", str(error))
-        if found is None:
-            raise InputError(f"{source}: not a readable checkpoint (is it a PyTorch file?)") from None
-        raise InputError(
-            f"{source}: refused, it holds {found[1]}, and only tensors and plain values are loaded; "
-            "save its state_dict alone"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
-        raise InputError(f"{source}: not a readable checkpoint ({_first_line(error)})") from None
-    return _normalise(content, source)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":. ")
-
-
-def _download(url: str) -> io.BytesIO:
-    from urllib.error import URLError
-    from urllib.request import urlopen
-
-    data = io.BytesIO()
-    try:
-        with urlopen(url, timeout=60) as reply:
-            while part := reply.read(1 << 20):
-                if data.tell() + len(part) > LARGEST_DOWNLOAD:
-                    raise ValueError(f"larger than {LARGEST_DOWNLOAD >> 30} GiB; fetch it yourself, and name the file")
-                data.write(part)
-    except (URLError, HTTPException, OSError, ValueError) as error:
-        raise InputError(f"{url}: cannot be fetched ({_first_line(error)})") from None
-    data.seek(0)
-    return data
-
-
-def _check_zip(data: Path | io.BytesIO, source: str | Path) -> None:
-    """Verify the checksums of a file in today's format; the one before torch 1.6 has none."""
-    with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data.getbuffer()[:2]) as f:
-        if f.read(2) != b"PK":
-            return
-    try:
-        with zipfile.ZipFile(data) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed, as PyTorch does not write")  # a little file may unpack to any size
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError, zlib.error) as error:
-        raise InputError(f"{source}: damaged or cut short ({_first_line(error)}); use an older checkpoint") from None
-    if damaged is not None:
-        raise InputError(f"{source}: damaged, the checksum of {damaged} inside it does not match; use an older one")
-    if isinstance(data, io.BytesIO):
-        data.seek(0)
-
-
-def _normalise(content: Any, source: str | Path) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise InputError(f"{source}: holds a {type(content).__name__}, not a checkpoint or state dict")
-    if "model" not in content and "state_dict" in content:
-        content = {**content, "model": content["state_dict"]}
-    if "model" not in content:
-        if not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-            raise InputError(f"{source}: no model in it (keys: {', '.join(map(str, list(content)[:6])) or 'none'})")
-        content = {"model": content}
-    if not isinstance(content["model"], dict):
-        raise InputError(f"{source}: its model is a {type(content['model']).__name__}, not a state dict")
-    return content
-
-
-def flags_of(saved: dict[str, Any]) -> dict[str, Any]:
-    """Give the flags of the run that wrote a checkpoint, or {}."""
-    flags = saved.get("args")
-    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    return flags if isinstance(flags, dict) else {}
-
-
-def strip_prefixes(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop what wrappers put before names (module., _orig_mod.)."""
-    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(k)): v for k, v in state_dict.items()}
-
-
-def load_weights(
-    model: nn.Module, state_dict: dict[str, torch.Tensor], source: str | Path, what: str = "", remedy: str = ""
-) -> None:
-    """Load a state dict strictly; the error names a first difference and what to do."""
-    state_dict = strip_prefixes(state_dict)
-    own = model.state_dict()
-    what = what or "weights"
-    remedy = remedy or "give the --model, --input-size, --nb-classes and --model-kwargs it was trained with"
-
-    def complain(names: Iterable[str], text: str) -> None:
-        names = list(names)
-        if names:
+    def _load_progress(self, saved: Mapping[str, Any], source: str) -> None:
+        try:
+            for name in self.PROGRESS:
+                value = saved.get(name)
+                if not isinstance(value, int | float | None):
+                    raise TypeError(f"{name} is a {type(value).__name__}")
+                if value is not None:
+                    setattr(self, name, value)
+            position = saved.get("position")
+            if not position:
+                return
+            before = position["conditions"]
+            self.losses = [float(loss) for loss in position["losses"]]
+            self.seconds = float(position["seconds"])
+            self.update = int(position["update"])
+            # another batch size or number of processes: continue after the same share of the epoch
+            if before != self.conditions:
+                self.update = self.update * self.updates // before["updates"]
+                print0(
+                    f"{source}: continues at update {self.update} of {self.updates}, not bit for bit: "
+                    f"it was saved with {before}, and now there are {self.conditions}"
+                )
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
-                f"{source}: its {what} do not fit the model: {len(names)} {text}, first {names[0]}; {remedy}"
-            )
+                f"{source}: damaged, its position in the epoch is unreadable ({first_line(error)}); use another one"
+            ) from None
 
-    complain((k for k in own if k not in state_dict), "tensors are missing")
-    complain((k for k in state_dict if k not in own), "tensors are unknown")
-    complain((k for k in own if not isinstance(state_dict[k], torch.Tensor)), "values are no tensors")
-    shapes = {k: (tuple(state_dict[k].shape), tuple(own[k].shape)) for k in own}
-    complain((f"{k} {a} in the file, {b} in the model" for k, (a, b) in shapes.items() if a != b), "shapes differ")
-    model.load_state_dict(state_dict)
+    def save(self, best: Sequence[str] = ()) -> None:
+        """Save the run on rank 0 under --output_dir, if there is one; as the files `best` too."""
+        if self.folder is not None and distributed.is_primary():
+            save_checkpoint(self.state_dict(), self.folder, self.args["keep_checkpoints"], best)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: str | Path) -> None:
-    """Restore the optimizer's moments; rate, decay and the like stay as the command line has them now."""
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: str) -> None:
+    """Restore an optimizer's moments; learning rate, weight decay and the like stay as the flags have them now.
+
+    Raises InputError.
+    """
     try:
-        optimizer.load_state_dict(saved)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        groups = [
+            {**now, "params": before["params"]}
+            for now, before in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+        ]
+        # torch looks in the groups for where a state's step belongs: on the device if fused, else on the CPU
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{source}: its optimizer state does not fit ({_first_line(error)}); was --opt, --weight-decay, "
+            f"{source}: its optimizer state does not fit ({first_line(error)}); was --opt, --weight-decay, "
             "--layer-decay, --freeze or the model different?"
         ) from None
-    for group, now in zip(optimizer.param_groups, groups, strict=True):
-        group.update(now)
+    # fused kernels want the parameters' memory format, which --channels-last may have changed
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
-def plain(value: Any, depth: int = 3) -> Any:
-    """Reduce to types that any torch.load and any JSON reader accepts, no deeper than flags go.
+def save_checkpoint(content: Mapping[str, Any], folder: Path, keep: int, best: Sequence[str] = ()) -> None:
+    """Write one checkpoint as the files `best`, a numbered one and checkpoint.pth.
 
-    A stranger's file may hold a list of references to a list of references …, which would never end.
+    The numbered files of the last `keep` epochs stay, and the last `keep` of the current epoch; with `keep` 1 there are
+    none. Files of later moments, left by a run that was resumed from an earlier one, are removed.
     """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, str | int | float | bool | None):
-        return value
-    if isinstance(value, dict | list | tuple) and (not depth or len(value) > 500):
-        return "…"
-    if isinstance(value, dict):
-        return {str(k): plain(v, depth - 1) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v, depth - 1) for v in value]
-    return str(value) if isinstance(value, pathlib.PurePath) else type(value).__name__
+    epoch = content["epoch"]
+    update = (content.get("position") or {}).get("update", 0)
+    numbered = f"checkpoint_{epoch + 1:04d}_{update:06d}.pth" if update else f"checkpoint_{epoch:04d}.pth"
+    with writing(folder):
+        # the best first: a kill in between costs an evaluation, not the best checkpoint
+        names = [*best, numbered, "checkpoint.pth"] if keep > 1 else [*best, "checkpoint.pth"]
+        first, *others = names
+        with open_atomic(folder / first) as file:
+            torch.save(content, file)
+        for name in others:
+            link_atomic(folder / first, folder / name)
+
+        moments = numbered_checkpoints(folder)
+        past = [m for m in moments if m <= (epoch + 1, update)]
+        finished = [m for m in past if not m[1]]
+        begun = [m for m in past if m[1] and m[0] == epoch + 1]
+        kept = finished[-keep:] + begun[-keep:] if keep > 1 else []
+        for moment, path in moments.items():
+            if moment not in kept:
+                path.unlink()
+
+
+def numbered_checkpoints(folder: Path) -> dict[tuple[int, int], Path]:
+    """Return a folder's numbered files by (epoch, updates made of it), oldest first."""
+    files = {}
+    for path in folder.glob("checkpoint_*.pth"):
+        match = NUMBERED.fullmatch(path.name)
+        if match:
+            epoch, update = match.groups()
+            # a finished epoch is the beginning of the next
+            files[(int(epoch), int(update)) if update else (int(epoch) + 1, 0)] = path
+    return dict(sorted(files.items()))
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Return a folder's checkpoints that can be resumed, newest first; the best ones are the last resort."""
+    named = [folder / name for name in ("checkpoint.pth", "best_checkpoint.pth", "best_ema_checkpoint.pth")]
+    return [*reversed(numbered_checkpoints(folder).values()), *filter(Path.is_file, named)]
+
+
+def check_output_dir(output_dir: str, resume: str) -> None:
+    """Refuse a folder that training would overwrite. Raises InputError."""
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise InputError(f"--output_dir {folder}: is a file; name a folder")
+    if resume == "auto" or not find_checkpoints(folder):
+        return
+    if not resume or Path(resume).resolve().parent != folder.resolve():
+        raise InputError(f"--output_dir {folder}: holds a run; continue it with --resume auto, or name another folder")
+
+
+def resolve_resume(resume: str, output_dir: str) -> str:
+    """Return the checkpoint of --resume; for auto rank 0 chooses the newest that can be read, "" if there is none."""
+    if resume != "auto":
+        return resume
+    newest = ""
+    paths = find_checkpoints(Path(output_dir)) if distributed.is_primary() else []
+    for path in paths:
+        try:
+            load(path)
+            newest = str(path)
+            break
+        except InputError as error:
+            print0(f"--resume auto: skipped {error}")
+    newest, count = distributed.broadcast_object((newest, len(paths)))
+    if count and not newest:
+        raise InputError(f"--resume auto: none of the {count} checkpoints in {output_dir} can be read")
+    print0(f"--resume auto: {newest or f'no checkpoint in {output_dir}, starting from the beginning'}")
+    return newest

@@ -2,12 +2,12 @@
 
 
 class InputError(Exception):
-    """What a person can mend (a flag, file, image, checkpoint, data layout): one line, exit status 2."""
+    """Something the user can fix (a flag, file, image, checkpoint, data layout): one line, exit status 2."""
 
 
 class NonFiniteLossError(Exception):
     """Training diverged: one line that says where and what to try, exit status 1."""
 
 
-class PreemptedError(Exception):
-    """A signal stopped the run, which goes on from where it was: one line, exit status 75 (EX_TEMPFAIL)."""
+class StoppedError(Exception):
+    """A signal stopped the run, which can be resumed from there: one line, exit status 75 (EX_TEMPFAIL)."""

@@ -1,158 +1,344 @@
-"""What people see of a run: progress, log.txt, TensorBoard, curves.png, args.json."""
+"""What a user sees of a run: progress, and the files args.json, log.txt, curves.png and runs/ (TensorBoard)."""
 
-import io
+import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from util import checkpoint, distributed
+from util import distributed
+from util.checkpoint import TrainState, open_atomic, write_atomic, writing
+from util.distributed import print0
+from util.errors import InputError
+from util.precision import Precision
+
+# the panels of curves.png: keys of log.txt and their labels
+CURVES = {
+    "loss": {
+        "train_loss": "training loss",
+        "test_loss": "test loss",
+        "test_ema_loss": "test loss, EMA",
+    },
+    "accuracy (%)": {
+        "test_acc1": "top-1",
+        "test_acc5": "top-5",
+        "test_ema_acc1": "top-1, EMA",
+    },
+    "learning rate": {
+        "train_lr": "learning rate",
+    },
+}
 
 
-class Progress:
-    """A bar on a terminal, plain lines every report otherwise; on rank 0 alone."""
+class EpochProgress:
+    """Progress and throughput of an epoch: a bar on rank 0's terminal, or a line per report where that is no terminal.
 
-    def __init__(self, total: int, title: str, freq: int, done: int = 0) -> None:
-        self.total, self.title, self.freq = total, title, freq
-        self.done, self.first, self.started = done, done, time.perf_counter()
-        on_terminal = sys.stderr.isatty() and distributed.is_primary()
-        self.bar = tqdm(total=total, initial=done, desc=title, dynamic_ncols=True, leave=False) if on_terminal else None
+    `total` counts the epoch's updates, `first` those that were made before a resume, in `seconds_before` seconds.
+    """
 
-    def advance(self, done: int) -> None:
-        if self.bar is not None:
-            self.bar.update(done - self.done)
-        self.done = done
+    def __init__(self, total: int, title: str, first: int = 0, seconds_before: float = 0.0) -> None:
+        self.title = title
+        self.first = first
+        self.seconds_before = seconds_before
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.images = 0
+        # with None tqdm shows nothing where stderr is not a terminal
+        disable = None if distributed.is_primary() else True
+        self.bar = tqdm(total=total, initial=first, desc=title, dynamic_ncols=True, disable=disable)
 
-    def report(self, done: int, **figures: str) -> None:
-        self.advance(done)
-        if self.bar is not None:
+    def wait(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return the next batch, and count its images and the time spent waiting for them."""
+        started = time.perf_counter()
+        images, targets = next(batches)
+        self.waited += time.perf_counter() - started
+        self.images += len(targets)
+        return images, targets
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def throughput(self) -> dict[str, float]:
+        """Return images_per_s of all processes, and data_wait, the share of the time spent waiting for images."""
+        seconds = time.perf_counter() - self.started
+        return {
+            "images_per_s": self.images * distributed.world_size() / seconds,
+            "data_wait": self.waited / seconds,
+        }
+
+    def report(self, done: int, loss: float, lr: float) -> None:
+        """Show that `done` updates of the epoch are made, at least one of them by this process."""
+        # updates before a resume, perhaps on another machine, say nothing about the time that is left
+        left = (time.perf_counter() - self.started) / (done - self.first) * (self.bar.total - done)
+        speed = self.throughput()
+        figures = {
+            "loss": f"{loss:.4f}",
+            "lr": f"{lr:.6f}",
+            "images_per_s": f"{speed['images_per_s']:.1f}",
+            "data": f"{speed['data_wait']:.0%}",
+            "left": timedelta(seconds=round(left)),
+        }
+        self.bar.update(done - self.bar.n)
+        if not self.bar.disable:
             self.bar.set_postfix(figures)
-            if done < self.total:
-                return
-            self.close()  # the epoch's last line stays on the screen
-        left = (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
-        text = "  ".join(f"{k} {v}" for k, v in figures.items())
-        distributed.print0(f"{self.title}  [{done}/{self.total}]  {text}  left {timedelta(seconds=round(left))}")
+            return
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        print0(f"{self.title}  [{done}/{self.bar.total}]  {text}")
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
 
 
 class RunLog:
-    """Rank 0's files in --output_dir; every method does nothing on other ranks and without a folder.
+    """The files of a run besides its checkpoints: rank 0 writes them if there is a folder.
 
-    Raises InputError where they cannot be written.
+    Raises InputError where a file cannot be written. Call `close` however the run ends.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder if distributed.is_primary() else None
-        self.writer: EventsWriter | None = None  # of this thread: an error in another one would end in silence
+        # closing it releases the lock, if there is one
+        self.lock = contextlib.ExitStack()
+        self.events = None
 
-    def start(self, args: dict[str, Any], start_epoch: int) -> None:
-        """Create the folder, write args.json, drop log.txt's lines of epochs that will be run again."""
+    def start(self, record: dict, start_epoch: int) -> None:
+        """Create and lock the folder, write `record` as args.json, and drop log.txt's lines from `start_epoch` on."""
         if self.folder is None:
             return
-        with checkpoint.writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomic(self.folder / "args.json", (json.dumps(args, indent=1) + "\n").encode())
-            kept = [line for line in self.read() if line["epoch"] < start_epoch]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            if kept or (self.folder / "log.txt").exists():
-                checkpoint.write_atomic(self.folder / "log.txt", text.encode())
-            (self.folder / "runs").mkdir(exist_ok=True)
-            self.writer = EventsWriter(str(self.folder / "runs" / "events"), f".{os.getpid()}")
+        with writing(self.folder):
+            (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+            # nothing is written before the folder is ours
+            self._lock_folder()
+            write_atomic(self.folder / "args.json", json.dumps(record, indent=1, default=str).encode())
+            lines = "".join(json.dumps(line) + "\n" for line in self.read() if line["epoch"] < start_epoch)
+            write_atomic(self.folder / "log.txt", lines.encode())
+            # not SummaryWriter: a full disk ends its thread, and the run would wait for that forever
+            self.events = EventsWriter(f"{self.folder}/runs/events")
 
-    def read(self) -> list[dict[str, Any]]:
-        """Read log.txt; lines that are none of it, as a last one cut short by a crash, are left out."""
+    def _lock_folder(self) -> None:
+        """Lock the folder until `close`, or until this process ends in whatever way. Raises InputError."""
+        # Windows has no such locks
+        try:
+            import fcntl
+        except ImportError:
+            return
+        # unlike a lock file, a handle of the folder leaves nothing behind and ends with the process
+        handle = os.open(self.folder, os.O_RDONLY)
+        self.lock.callback(os.close, handle)
+        # a loader's worker that outlives the run by seconds must not hold the lock
+        os.register_at_fork(after_in_child=self.lock.close)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--output_dir {self.folder}: another run is writing there now; name another folder"
+            ) from None
+        # not every file system has locks
+        except OSError:
+            pass
+
+    def updates(
+        self,
+        first_step: int,
+        losses: list[float],
+        lr: float,
+        keep_rate_of: Callable[[int], float] | None = None,
+    ) -> None:
+        """Log the losses of updates from `first_step` on to TensorBoard, and `keep_rate_of` each.
+
+        Steps count the updates of all epochs.
+        """
+        if self.folder is None:
+            return
+        with writing(self.folder):
+            for step, loss in enumerate(losses, first_step):
+                self._add_scalars(step, loss=loss, lr=lr)
+                if keep_rate_of is not None:
+                    self._add_scalars(step, keep_rate=keep_rate_of(step))
+
+    def _add_scalars(self, step: int, **scalars: float) -> None:
+        for name, value in scalars.items():
+            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            self.events.write_event(event)
+
+    def epoch(self, line: dict) -> None:
+        """Append a line to log.txt, log its train_ and test_ numbers to TensorBoard, and draw curves.png."""
+        if self.folder is None:
+            return
+        scalars = {name: value for name, value in line.items() if name.startswith(("train_", "test_"))}
+        with writing(self.folder):
+            self._add_scalars(line["epoch"], **scalars)
+            # a full disk is noticed here at the latest
+            self.events.flush()
+            with open(self.folder / "log.txt", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            # every epoch, so that a run can be followed and an interrupted one has them
+            with open_atomic(self.folder / "curves.png") as file:
+                draw_curves(self.read(), self.folder.name).savefig(file, dpi=150)
+
+    def read(self) -> list[dict]:
+        """Return the lines of log.txt, of epochs in the order in which they ended."""
+        path = self.folder / "log.txt"
+        if not path.exists():
+            return []
         lines = []
-        if self.folder is not None and (self.folder / "log.txt").is_file():
-            for text in (self.folder / "log.txt").read_text(errors="replace").splitlines():
-                try:
-                    line = json.loads(text)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(line, dict) and type(line.get("epoch")) is int:
-                    lines.append(line)
-        return lines
-
-    def scalars(self, step: int, **values: float) -> None:
-        if self.writer is not None:
-            with checkpoint.writing(self.folder):
-                for name, value in values.items():
-                    self.writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-
-    def epoch(self, train: dict[str, float], test: dict[str, float], **more: float) -> None:
-        """Add a line to log.txt: rate and loss, evaluation if there was one, the rest; times come last."""
-        if self.folder is None:
-            return
-        rate_and_loss = {k: train[k] for k in ("train_lr", "train_loss")}
-        speed = {k: v for k, v in train.items() if k not in rate_and_loss}
-        with checkpoint.writing(self.folder), open(self.folder / "log.txt", "a") as f:
-            f.write(json.dumps(rate_and_loss | test | more | speed) + "\n")
-        self.scalars(more["epoch"], **{k: test[k] for k in ("test_acc1", "test_acc5") if k in test})
-        with checkpoint.writing(self.folder):
-            self.writer.flush()
+        for text in path.read_text(errors="replace").splitlines():
+            # a crash may have cut the last line short
+            with contextlib.suppress(ValueError, RecursionError):
+                lines.append(json.loads(text))
+        # the folder may hold a log.txt of something else
+        return [line for line in lines if isinstance(line, dict) and isinstance(line.get("epoch"), int)]
 
     def close(self) -> None:
-        if self.writer is not None:
-            with checkpoint.writing(self.folder):
-                self.writer.close()
-        self.draw()
-
-    def draw(self) -> None:
-        """Draw curves.png from log.txt."""
-        if lines := self.read():
-            with checkpoint.writing(self.folder):
-                checkpoint.write_atomic(self.folder / "curves.png", draw_curves(lines))
+        """Unlock the folder, and write what is left of the events."""
+        # first, as the disk may be full
+        self.lock.close()
+        if self.events is not None:
+            with writing(self.folder):
+                self.events.close()
 
 
-def draw_curves(lines: list[dict[str, Any]]) -> bytes:
-    """Draw loss, accuracy and rate by epoch from the lines of a log.txt: a PNG file."""
-    from matplotlib.figure import Figure  # imported where used: it takes a second, and needs no display this way
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = {
-        "loss": ("train_loss", "test_loss", "test_ema_loss"),
-        "accuracy (%)": ("test_acc1", "test_acc5", "test_ema_acc1"),
-        "learning rate": ("train_lr",),
-    }
-    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for name in names:
-            points = [(line["epoch"], line[name]) for line in lines if name in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=name)
-        axes.set_xlabel("epoch")
-        axes.set_title(title)
+def draw_curves(lines: list[dict], title: str) -> Figure:
+    """Draw loss, accuracy and learning rate by epoch from the lines of a log.txt."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    # names of folders may hold a dollar sign
+    figure.suptitle(title, parse_math=False)
+    for number, (name, labels) in enumerate(CURVES.items(), 1):
+        axes = figure.add_subplot(1, 3, number, title=name, xlabel="epoch")
+        # no ticks between epochs
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    return picture.getvalue()
+        for key, label in labels.items():
+            points = [(line["epoch"], line[key]) for line in lines if key in line]
+            # top-5 of five classes or fewer says nothing
+            if key == "test_acc5" and all(value == 100 for _, value in points):
+                continue
+            axes.plot(*np.transpose(points), marker=".", label=label)
+        # nothing was evaluated yet
+        if axes.lines:
+            axes.legend()
+    return figure
 
 
 def describe_versions() -> dict[str, str]:
-    """List the versions that shape a result, and this repository's commit."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("torch", "torchvision", "timm", "numpy", "pillow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found["git"] = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        found["git"] = "unknown"
-    return found
+    """Return the versions of what a result depends on, and this repository's commit."""
+    names = ("torch", "torchvision", "timm", "numpy", "PIL")
+    versions = {name: import_module(name).__version__ for name in names}
+    versions["python"] = sys.version.split()[0]
+    # git's output says where it, or the repository, is missing
+    versions["git"] = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40')
+    return versions
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def print_run_summary(state: TrainState, lr_info: str, images: int, test_images: int, distinct: int) -> None:
+    """Print what will be trained on what; `distinct` images are seen per epoch."""
+    args = state.args
+    epochs = args["epochs"]
+    updates = state.updates
+    print0(f"Model {state.config.name}; number of params: {count_parameters(state.model)}")
+    print0(lr_info)
+    repeated = " (--repeated-aug)" if args["repeated_aug"] else ""
+    print0(
+        f"{images} training and {test_images} test images; an epoch of {updates} updates shows {distinct} distinct "
+        f"images{repeated}"
+    )
+
+    # Defaults that surprise in short runs and in fine-tuning
+    if args["warmup_epochs"] >= epochs:
+        print0(f"--warmup-epochs {args['warmup_epochs']}: all {epochs} epochs are warm-up; lower it")
+    if not args["train_mode"]:
+        print0("The model stays in eval mode: batch norms are frozen, no drop path (--no-train-mode)")
+    elif args["finetune"]:
+        print0("Fine-tuning in train mode: batch norms follow the data; --no-train-mode freezes them, as published")
+    remaining = args["model_ema_decay"] ** (updates * epochs)
+    if state.ema is not None and remaining > 0.1:
+        # with a tenth of the updates as its time constant an EMA forgets all but e^-10 of its start
+        decay = max(0.0, 1 - 10 / (updates * epochs))
+        print0(
+            f"--model-ema-decay {args['model_ema_decay']:g}: the EMA will hold {remaining:.0%} of the initial weights; "
+            f"for example {decay:.4g} forgets them"
+        )
+
+
+def describe_run(state: TrainState, precision: Precision) -> dict[str, Any]:
+    """Return the content of args.json: the flags, and what follows from them on this machine."""
+    conditions = state.conditions
+    return {
+        **state.args,
+        "effective_batch": conditions["batch_size"] * conditions["processes"] * conditions["accum_steps"],
+        "effective_lr": max(group["initial_lr"] for group in state.optimizer.param_groups),
+        "n_parameters": count_parameters(state.model),
+        "processes": conditions["processes"],
+        "device": distributed.describe(precision.device),
+        "precision": str(precision),
+        "versions": describe_versions(),
+    }
+
+
+def print_accuracy(test: dict[str, Any]) -> None:
+    print0(f"* Acc@1 {test['acc1']:.3f} Acc@{test['topk']} {test['acc5']:.3f} loss {test['loss']:.3f}")
+    print0(f"Accuracy of the network on the {test['count']} test images: {test['acc1']:.1f}%")
+
+
+def describe_speed(row: dict[str, Any]) -> str:
+    """Return what engine.benchmark measured as one line."""
+    steady = "" if row["steady"] else "unsteady "
+    return (
+        f"{row['mode']}: {row['images_per_s']:.1f} images/s {steady}± {row['spread']:.1f} % "
+        f"({row['ms_per_batch']:.1f} ms per batch of {row['batch_size']}), {row['share']:.0f} % of the device's "
+        f"{row['matrix_gmacs_per_s']:.0f} GMAC/s in matrix products, {row['precision']}, peak memory "
+        f"{row['peak_memory_mib']:.0f} MiB, {row['device']}, torch {row['torch']}"
+    )
+
+
+def print_epoch(state: TrainState, evaluated: bool, seconds: float) -> None:
+    """Print the best accuracy so far after an evaluation, and the time that is left."""
+    if evaluated:
+        rate = "" if state.best_keep_rate is None else f" at keep rate {state.best_keep_rate:g}"
+        print0(f"Max accuracy: {state.max_accuracy:.2f}%{rate}")
+    left = state.args["epochs"] - state.epoch - 1
+    if left:
+        print0(f"About {timedelta(seconds=round(left * seconds))} left for {left} epochs")
+
+
+def print_best(state: TrainState) -> None:
+    """Print the best accuracies, their epochs, and the command that evaluates the best checkpoint."""
+    if state.max_accuracy_ema > 0:
+        print0(f"Best EMA accuracy {state.max_accuracy_ema:.2f}% (epoch {state.best_epoch_ema})")
+    rate = "" if state.best_keep_rate is None else f", keep rate {state.best_keep_rate:g}"
+    text = f"Best accuracy {state.max_accuracy:.2f}% (epoch {state.best_epoch}{rate})"
+    if state.folder is None:
+        print0(f"{text}; nothing was saved: there is no --output_dir")
+        return
+    best = state.folder / "best_checkpoint.pth"
+    # a run that was resumed in another folder may have had its best epoch before
+    file = best if best.exists() else state.folder / "checkpoint.pth"
+    print0(f"{text}; evaluate it with: python main.py --eval --resume {shlex.quote(str(file))}")
+
+
+def log_line(state: TrainState, stats: dict[str, float], test: dict[str, float]) -> dict[str, float]:
+    """Return an epoch's line of log.txt from the numbers of its training and its evaluation."""
+    line = {**stats, **test, "epoch": state.epoch, "n_parameters": count_parameters(state.model)}
+    if state.keep_rate is not None:
+        line["keep_rate"] = state.keep_rate
+    return line

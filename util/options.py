@@ -1,249 +1,388 @@
-"""The command line: flags and defaults."""
+"""The command line of main.py: flags, checks that need nothing but flags, and the configurations made of them."""
 
 import argparse
-import ast
+import re
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from util.checks import FOLDERS, SCHEDULES, check, find_pictures
+import torch
+
+from util.command import (
+    MODEL_FLAGS,
+    Parser,
+    add_flags,
+    below_one,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    open_fraction,
+    parse_size,
+    positive_float,
+    positive_int,
+)
+from util.config import DATA_SETS, AugmentConfig, DataConfig, ModelConfig, resolve_input_size
 from util.errors import InputError
-from util.parser import Parser
 
-DATA_SETS = ("DIGITS", *FOLDERS, "CIFAR", "CIFAR-10", "INAT", "INAT19")
-RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-NO_EFFECT = {
-    "resplit": "as in the published scripts",
-    "dist_eval": "evaluation is always sharded, and exact",
-    "world_size": "the launcher says it",
-    "dist_url": "the launcher says it",
-    "local_rank": "the launcher says it",
-    "cooldown_epochs": "training lasts exactly --epochs",
-    "patience_epochs": "the plateau schedule is not offered",
+# timm's, except plateau: it is no function of the epoch, which a resumed run needs
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+NO_EFFECT = "accepted for old command lines, no effect"
+# flags that only models with token reorganisation can follow
+EVIT_FLAGS = ("base_keep_rate", "fuse_token", "drop_loc", "shrink_start_epoch", "shrink_epochs", "visualize_mask")
+
+EXAMPLES = """examples:
+  python main.py --model dhvt_tiny_imagenet_patch16 --data-set FOLDER --data-path DATA --output_dir OUT --resume auto
+  python main.py --eval --resume OUT/best_checkpoint.pth
+  python main.py --only_test_speed --model dhvt_tiny_cifar_patch4
+"""
+
+
+# groups of flags: spellings, type, default and help, see add_flags
+FLAGS = {
+    "run": (
+        ("--batch-size", positive_int, 64, "batch size per process"),
+        ("--epochs", positive_int, 300, "number of epochs to train"),
+        ("--accum-steps", positive_int, 1, "gradient accumulation: batches per update"),
+        ("--output_dir", str, "", "folder for checkpoints, logs and curves; nothing is saved without it"),
+        (
+            "--resume",
+            str,
+            "",
+            "checkpoint to continue, evaluate or visualize; auto: the newest one in --output_dir, if any",
+        ),
+        ("--start_epoch", nonnegative_int, 0, "first epoch, for a checkpoint that does not hold its own"),
+        ("--checkpoint-interval", positive_float, None, "save within epochs too, every so many minutes"),
+        ("--keep-checkpoints", positive_int, 2, "number of latest epochs whose checkpoints are kept"),
+        ("--eval", bool, False, "evaluate the checkpoint of --resume and exit"),
+        ("--use-ema", bool, False, "with --eval, --finetune and --visualize_*: use the EMA weights"),
+        ("--eval-freq", positive_int, 1, "evaluate every so many epochs, and after the last"),
+        ("--print-freq", positive_int, 10, "updates between two reports"),
+        ("--test_speed", bool, False, "measure throughput and MACs first, then go on"),
+        ("--only_test_speed", bool, False, "measure throughput and MACs and exit; needs no data"),
+        ("--device", str, None, "for example cuda, cuda:1 or cpu; default: the best there is"),
+        ("--seed", nonnegative_int, 0, "seed of weights, order of images and augmentation"),
+        ("--deterministic", bool, False, "the same numbers in every run, on GPUs too; slower there"),
+    ),
+    "speed and memory": (
+        (
+            "--amp",
+            ("auto", "off", "fp16", "bf16"),
+            "auto",
+            "mixed precision; auto: bf16 or else fp16 on CUDA, off elsewhere",
+        ),
+        ("--tf32", bool, False, "compute float32 matrix products of CUDA devices in TensorFloat-32"),
+        ("--compile", bool, False, "torch.compile: minutes at the start, faster afterwards"),
+        ("--channels-last", bool, False, "channels-last memory format, for convolutional models"),
+        ("--grad-checkpointing", bool, False, "recompute activations in the backward pass: less memory"),
+        ("--speed-batch-size", positive_int, None, "for --test_speed and --only_test_speed; default: --batch-size"),
+    ),
+    "token reorganisation, dropout and EMA": (
+        ("--shrink_start_epoch", nonnegative_int, 10, "EViT: all tokens are kept before this epoch"),
+        ("--shrink_epochs", nonnegative_int, 0, "EViT: epochs in which the keep rate falls"),
+        ("--drop", below_one, 0.0, "dropout rate inside the blocks"),
+        ("--drop-path", below_one, 0.1, "maximum stochastic depth rate; rises linearly over the blocks"),
+        ("--model-ema", BooleanOptionalAction, True, "keep and evaluate an EMA of the weights"),
+        ("--model-ema-decay", fraction, 0.99996, "decay of the EMA per update"),
+        ("--model-ema-force-cpu", bool, False, "keep the EMA on the CPU"),
+    ),
+    "fine-tuning": (
+        ("--finetune", str, "", "weights to start from; a head of another shape starts anew"),
+        ("--freeze", str, "", "train the head alone, or the last N blocks, norm and head"),
+        ("--layer-decay", open_fraction, None, "layer-wise learning rate decay, for example 0.75"),
+        (
+            "--train-mode",
+            BooleanOptionalAction,
+            True,
+            "--no-train-mode: fine-tune in eval mode (batch norms frozen, no drop path), as published",
+        ),
+    ),
+    "optimization": (
+        ("--opt", str, "adamw", "any optimizer of timm"),
+        ("--opt-eps", nonnegative_float, 1e-8, "epsilon of the optimizer"),
+        ("--opt-betas", [below_one], None, "betas of the optimizer; default: the optimizer's"),
+        ("--momentum", below_one, 0.9, "momentum of SGD and its kind"),
+        ("--weight-decay", nonnegative_float, 0.05, "weight decay"),
+        ("--clip-grad", positive_float, None, "clip gradients to this norm; default: no clipping"),
+        (
+            "--lr",
+            positive_float,
+            5e-4,
+            "learning rate for an effective batch size of 512; multiplied by batch / 512 unless --unscale-lr",
+        ),
+        ("--unscale-lr", bool, False, "use --lr as it is"),
+        ("--sched", SCHEDULES, "cosine", "learning rate schedule"),
+        ("--lr-noise", [fraction], None, "shares of the epochs between which the learning rate is noisy"),
+        ("--lr-noise-pct", float, 0.67, "limit of the learning rate noise"),
+        ("--lr-noise-std", float, 1.0, "standard deviation of the learning rate noise"),
+        ("--warmup-lr", nonnegative_float, 1e-6, "learning rate at the start of the warm-up"),
+        ("--min-lr", nonnegative_float, 1e-5, "learning rate at the end of the cosine"),
+        ("--decay-epochs", positive_float, 30, "epochs between decays, with --sched step"),
+        ("--warmup-epochs", nonnegative_int, 5, "epochs of warm-up"),
+        # of the schedule plateau
+        ("--cooldown-epochs", int, 10, NO_EFFECT),
+        ("--patience-epochs", int, 10, NO_EFFECT),
+        ("--decay-rate --dr", positive_float, 0.1, "decay factor, with --sched step"),
+        ("--bce-loss", bool, False, "binary cross-entropy; every target above 0 becomes 1"),
+    ),
+    "augmentation": (
+        ("--color-jitter", nonnegative_float, 0.4, "used only with --aa none or --ThreeAugment"),
+        ("--aa", str, "rand-m9-mstd0.5-inc1", "timm's AutoAugment policy, or none; not with --ThreeAugment"),
+        ("--smoothing", below_one, 0.1, "label smoothing"),
+        ("--ThreeAugment", bool, False, "DeiT III's augmentation: grey, solarise or blur, color jitter"),
+        ("--src", bool, False, "with --ThreeAugment: resize and random crop, no random resized crop"),
+        (
+            "--train-interpolation",
+            ("random", "bilinear", "bicubic"),
+            "bicubic",
+            "interpolation of the random resized crop",
+        ),
+        (
+            "--repeated-aug",
+            BooleanOptionalAction,
+            True,
+            "each image three times per epoch, differently augmented; an epoch is a third of the images, from 256 on",
+        ),
+        ("--reprob", fraction, 0.25, "probability of random erasing"),
+        ("--remode", ("pixel", "rand", "const"), "pixel", "what random erasing fills with"),
+        ("--recount", positive_int, 1, "maximum number of erased boxes per image"),
+        # of timm's augmentation splits, which the published scripts did not have either
+        ("--resplit", bool, False, NO_EFFECT),
+        ("--mixup", nonnegative_float, 0.8, "alpha of mixup; 0: off"),
+        ("--cutmix", nonnegative_float, 1.0, "alpha of cutmix; 0: off"),
+        ("--cutmix-minmax", [fraction], None, "minimum and maximum side of cutmix's box; overrides alpha"),
+        ("--mixup-prob", fraction, 1.0, "probability of mixup or cutmix per batch"),
+        ("--mixup-switch-prob", fraction, 0.5, "probability of cutmix where both are on"),
+        ("--mixup-mode", ("batch", "pair", "elem"), "batch", "draw per batch, pair or image"),
+    ),
+    "data": (
+        (
+            "--data-set",
+            DATA_SETS,
+            "IMNET",
+            "FOLDER: any train/CLASS/ and val/CLASS/; CIFAR is CIFAR-100; DIGITS needs no data",
+        ),
+        ("--data-path", str, None, "folder of the data"),
+        ("--use-lmdb", bool, False, "read train.lmdb and val.lmdb, which folder2lmdb.py writes"),
+        ("--inat-category", INAT_CATEGORIES, "name", "what counts as a class of iNaturalist"),
+        ("--transform", ("fast", "timm"), "fast", "timm: the reference augmentation, slower"),
+        ("--num_workers", nonnegative_int, None, "loader workers; default: this process's cores, at most 10"),
+        ("--pin-mem", BooleanOptionalAction, True, "page-locked batches, for accelerators"),
+    ),
+    "distillation": (
+        ("--teacher-model", str, "regnety_160", "any model of timm, where the teacher's file does not say it"),
+        ("--teacher-path", str, "", "checkpoint of the teacher"),
+        ("--distillation-type", ("none", "soft", "hard"), "none", "what the teacher gives"),
+        ("--distillation-alpha", fraction, 0.5, "weight of the distillation loss"),
+        ("--distillation-tau", positive_float, 1.0, "temperature of soft distillation"),
+    ),
+    "pictures of what a checkpoint looks at": (
+        ("--visualize_mask", bool, False, "write which patches EViT keeps, and exit"),
+        ("--visualize_attention", bool, False, "write the class token's attention of a ViT, and exit"),
+        ("--n_visualization", positive_int, 128, "number of images, with --visualize_*"),
+        ("--image-dir", str, None, "images without labels, instead of the validation set"),
+    ),
+    "distribution": (
+        ("--dist-backend", str, None, "default: nccl on CUDA, gloo on the CPU"),
+        ("--dist-timeout", positive_float, 600.0, "seconds to wait for a silent process"),
+        # evaluation is always distributed, and exact; the rest comes from the launcher
+        ("--dist-eval", bool, False, NO_EFFECT),
+        ("--world_size", int, 1, NO_EFFECT),
+        ("--dist_url", str, "env://", NO_EFFECT),
+        ("--local_rank", int, 0, NO_EFFECT),
+    ),
 }
-
-TEACHING = ("teacher_model", "teacher_path", "distillation_alpha", "distillation_tau")
-
-
-def read_pairs(words: Sequence[str], source: str) -> dict[str, Any]:
-    """Read `key=value` words, each value as a Python literal where it is one; errors name `source`."""
-    pairs = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise InputError(f"{source} takes key=value, not {word!r}")
-        try:
-            pairs[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pairs[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-    return pairs
-
-
-class KeyValues(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, read_pairs(values, option_string))
-
-
-def _switch(group, name: str, default: bool, text: str) -> None:
-    dest = name.replace("-", "_")
-    group.add_argument(f"--{name}", dest=dest, action="store_true", default=default, help=text)
-    group.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default, help=f"not --{name}")
 
 
 def build_parser() -> Parser:
-    """Build the parser of main.py; the published flags keep their spelling, type and default."""
+    """Return the parser of main.py; the published flags keep their spelling, type and default."""
     parser = Parser(
         prog="main.py",
-        description="Train and evaluate DHVT and any timm model on images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train and evaluate DHVT, EViT and any timm model on images.",
+        epilog=EXAMPLES,
     )
-    groups = (_add_run, _add_speed, _add_model, _add_finetuning, _add_optimization, _add_augmentation, _add_data)
-    for add in (*groups, _add_distillation, _add_reorganisation, _add_pictures, _add_distribution):
-        add(parser)
+    add_flags(parser.add_argument_group("model"), MODEL_FLAGS)
+    # of a new model; where a checkpoint is loaded, only flags that were given count
+    parser.set_defaults(
+        model="deit_base_patch16_224",
+        model_kwargs={},
+        eval_crop_ratio=0.875,
+        base_keep_rate=0.7,
+        fuse_token=False,
+        drop_loc="(3, 6, 9)",
+    )
+    for title, rows in FLAGS.items():
+        add_flags(parser.add_argument_group(title), rows)
     return parser
 
 
-def _add_run(parser: Parser) -> None:
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("--batch-size", default=64, type=int, help="images a process and step")
-    add("--epochs", default=300, type=int)
-    add("--accum-steps", default=1, type=int, help="batches to sum up before a step of the optimizer")
-    add("--output_dir", default="", help="folder for checkpoints, logs and curves; nothing is written without it")
-    add(
-        "--resume", default="", metavar="FILE|URL|auto", help="continue a run; auto: the newest in --output_dir, if any"
-    )
-    add("--start_epoch", default=0, type=int, help="for a checkpoint that does not say its epoch")
-    add(
-        "--checkpoint-interval", default=None, type=float, metavar="MINUTES",
-        help="a checkpoint every so often within an epoch too, besides those at its end and at a signal",
-    )  # fmt: skip
-    add("--keep-checkpoints", default=2, type=int, help="how many of the last epochs' checkpoints to keep")
-    add("--eval", action="store_true", help="evaluate the --resume checkpoint and stop")
-    add("--use-ema", action="store_true", help="with --eval or --finetune: the checkpoint's EMA weights")
-    add("--eval-freq", default=1, type=int, help="evaluate every so many epochs, and after the last")
-    add("--print-freq", default=10, type=int, help="steps between reports")
-    add("--test_speed", action="store_true", help="measure throughput and MACs, then go on")
-    add("--only_test_speed", action="store_true", help="measure throughput and MACs, then stop; needs no data")
-    add("--device", default=None, help="cuda, cuda:1, cpu, …; default: the best there is")
-    add("--seed", default=0, type=int)
-    add("--deterministic", action="store_true", help="the same numbers in each run, on GPUs too; slower there")
-
-
-def _add_speed(parser: Parser) -> None:
-    add = parser.add_argument_group("speed and memory").add_argument
-    add("--amp", default="auto", choices=("auto", "off", "fp16", "bf16"), help="mixed precision; auto: on CUDA")
-    add("--tf32", action="store_true", help="float32 matrix products of CUDA devices in TensorFloat-32")
-    add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster")
-    add("--channels-last", action="store_true", help="images as B, H, W, C in memory, for convolutions")
-    add("--grad-checkpointing", action="store_true", help="compute activations again instead of keeping them")
-    add("--speed-batch-size", default=None, type=int, help="of --test_speed and --only_test_speed; default: the run's")
-
-
-def _add_model(parser: Parser) -> None:
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--model", default="deit_base_patch16_224", help="any name that timm or this repository registers")
-    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE", help="passed to the model")
-    add("--input-size", nargs="+", type=int, default=None, help="pixels, or height and width; default: the model's")
-    add("--nb-classes", type=int, default=None, help="default: from the data")
-    add("--drop", type=float, default=0.0, help="dropout inside the blocks")
-    add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
-    _switch(group, "model-ema", True, "keep an exponential moving average of the weights, and evaluate it too")
-    add("--model-ema-decay", type=float, default=0.99996)
-    add("--model-ema-force-cpu", action="store_true", help="keep the average on the CPU")
-
-
-def _add_finetuning(parser: Parser) -> None:
-    group = parser.add_argument_group("fine-tuning")
-    add = group.add_argument
-    add("--finetune", default="", metavar="FILE|URL", help="weights to start from; heads of another shape start anew")
-    add("--freeze", default="", metavar="head|N", help="train the head alone, or the last N blocks, norm and head")
-    add("--layer-decay", type=float, default=None, help="factor of the rate from each layer to the one below it")
-    _switch(group, "train-mode", True, "train in training mode; the published fine-tuning did not")
-
-
-def _add_optimization(parser: Parser) -> None:
-    add = parser.add_argument_group("optimization").add_argument
-    add("--opt", default="adamw", help="any of timm's optimizers")
-    add("--opt-eps", default=1e-8, type=float)
-    add("--opt-betas", default=None, type=float, nargs="+")
-    add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float, default=0.05)
-    add("--clip-grad", type=float, default=None, help="largest gradient norm")
-    add("--lr", type=float, default=5e-4, help="for 512 images an update; scaled in proportion")
-    add("--unscale-lr", action="store_true", help="take --lr as it is")
-    add("--sched", default="cosine", help=", ".join(SCHEDULES))
-    add("--lr-noise", type=float, nargs="+", default=None)
-    add("--lr-noise-pct", type=float, default=0.67)
-    add("--lr-noise-std", type=float, default=1.0)
-    add("--warmup-lr", type=float, default=1e-6, help="rate of the first epoch")
-    add("--min-lr", type=float, default=1e-5)
-    add("--decay-epochs", type=float, default=30)
-    add("--warmup-epochs", type=int, default=5, help="epochs in which the rate rises from --warmup-lr")
-    add("--cooldown-epochs", type=int, default=10)
-    add("--patience-epochs", type=int, default=10)
-    add("--decay-rate", "--dr", type=float, default=0.1)
-    add("--bce-loss", action="store_true", help="binary cross-entropy, every target above 0 becoming 1")
-
-
-def _add_augmentation(parser: Parser) -> None:
-    group = parser.add_argument_group("augmentation")
-    add = group.add_argument
-    add("--color-jitter", type=float, default=0.4, help="without effect while --aa is on, but for --ThreeAugment")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none")
-    add("--smoothing", type=float, default=0.1)
-    add("--ThreeAugment", action="store_true", help="DeiT III's: grey, solarise or blur, then colour jitter")
-    add("--src", action="store_true", help="with --ThreeAugment: resize and crop with padding, no random resized crop")
-    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
-    _switch(group, "repeated-aug", True, "three augmentations of a third of the images an epoch")
-    add("--reprob", type=float, default=0.25, help="probability of random erasing")
-    add("--remode", default="pixel", choices=("pixel", "rand", "const"))
-    add("--recount", type=int, default=1)
-    add("--resplit", action="store_true")
-    add("--mixup", type=float, default=0.8)
-    add("--cutmix", type=float, default=1.0)
-    add("--cutmix-minmax", type=float, nargs="+", default=None)
-    add("--mixup-prob", type=float, default=1.0)
-    add("--mixup-switch-prob", type=float, default=0.5)
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
-
-
-def _add_data(parser: Parser) -> None:
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--data-set", default="IMNET", choices=DATA_SETS, help="FOLDER is any train/CLASS/ and val/CLASS/")
-    add("--data-path", default=None, help="folder of the data")
-    add(
-        "--use-lmdb",
-        action="store_true",
-        help="read train.lmdb and val.lmdb, as folder2lmdb.py writes them, or the published script's",
-    )
-    add("--inat-category", default="name", choices=RANKS, help="what a class of iNaturalist is")
-    add("--eval-crop-ratio", type=float, default=0.875)
-    add("--transform", default="fast", choices=("fast", "timm"), help="timm: its transforms, the reference, and slower")
-    add("--on-bad-image", default="error", choices=("error", "skip"), help="skip: train on another in its place")
-    add("--num_workers", type=int, default=None, help="default: this process's share of the cores, at most 10")
-    _switch(group, "pin-mem", True, "page-locked batches, for accelerators")
-
-
-def _add_distillation(parser: Parser) -> None:
-    add = parser.add_argument_group("distillation").add_argument
-    add("--teacher-model", default="regnety_160", help="any of timm's models")
-    add("--teacher-path", default="", metavar="FILE|URL", help="the teacher's checkpoint")
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
-    add("--distillation-alpha", type=float, default=0.5, help="share of the teacher in the loss")
-    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
-
-
-def _add_reorganisation(parser: Parser) -> None:
-    add = parser.add_argument_group("token reorganisation (EViT), for models that have keep rates").add_argument
-    add("--base_keep_rate", type=float, default=0.7, help="share of the tokens that a block of --drop_loc keeps")
-    add("--fuse_token", action="store_true", help="fuse the other tokens into one, instead of dropping them")
-    add("--drop_loc", default="(3, 6, 9)", help="blocks that reorganise tokens, counted from 0")
-    add("--shrink_start_epoch", type=int, default=10, help="all tokens are kept before it")
-    add("--shrink_epochs", type=int, default=0, help="epochs in which the keep rate falls to --base_keep_rate")
-
-
-def _add_pictures(parser: Parser) -> None:
-    add = parser.add_argument_group("pictures of what a --resume checkpoint looks at, then stop").add_argument
-    add("--visualize_mask", action="store_true", help="which patches are kept, of models that reorganise tokens")
-    add("--visualize_attention", action="store_true", help="the class token's attention, of DHVT, DeiT and other ViTs")
-    add("--n_visualization", type=int, default=128, help="images, evenly from the validation set or --image-dir")
-    add("--image-dir", default=None, metavar="FOLDER", help="images without labels, in place of --data-path")
-
-
-def _add_distribution(parser: Parser) -> None:
-    add = parser.add_argument_group("distribution").add_argument
-    add("--dist-backend", default=None, help="default: nccl on CUDA, gloo on the CPU")
-    add("--dist-timeout", default=600.0, type=float, metavar="SECONDS", help="give up on a process that is silent")
-    add("--dist-eval", action="store_true")
-    add("--world_size", type=int, default=1)
-    add("--dist_url", default="env://")
-    add("--local_rank", type=int, default=0)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse and check; raises InputError."""
-    parser = build_parser()
-    args = parser.parse_args(list(argv))
-    check(args, parser)
+    """Parse and check a command line. Raises InputError."""
+    args = build_parser().parse_args(argv)
+    check_values(args)
+    check_modes(args)
+    if not (args.eval or args.only_test_speed or visualization_mode(args)):
+        check_training(args)
+    # a checkpoint may be of another model than --model
+    if not is_evit(args.model) and not args.resume:
+        for name in EVIT_FLAGS:
+            if name in args.given:
+                raise InputError(f"--{name} is for EViT, which --model {args.model} is not: leave it out")
     return args
 
 
-def without_effect(args: argparse.Namespace) -> list[str]:
-    """Say which of the given flags change nothing, and why."""
-    given = [a for a in build_parser()._actions if a.dest in NO_EFFECT and getattr(args, a.dest) != a.default]
-    lines = [f"{a.option_strings[0]} has no effect: {NO_EFFECT[a.dest]}" for a in given]
-    if args.color_jitter != 0.4 and args.aa.lower() not in ("", "none") and not args.ThreeAugment:
-        lines.append("--color-jitter has no effect while --aa is on")
-    if args.src and not args.ThreeAugment:
-        lines.append("--src has no effect without --ThreeAugment")
-    if args.n_visualization != 128 and not find_pictures(args):
-        lines.append("--n_visualization has no effect without --visualize_mask or --visualize_attention")
-    for a in (a for a in build_parser()._actions if a.dest in ("aa", "reprob", "remode", "recount")):
-        if args.ThreeAugment and getattr(args, a.dest) != a.default:
-            lines.append(f"{a.option_strings[0]} has no effect: --ThreeAugment takes its place")
-    unused = {"none": TEACHING, "hard": ("distillation_tau",), "soft": ()}[args.distillation_type]
-    for a in (a for a in build_parser()._actions if a.dest in unused and getattr(args, a.dest) != a.default):
-        lines.append(f"{a.option_strings[0]} has no effect: --distillation-type is {args.distillation_type}")
-    return lines
+def is_evit(model: str) -> bool:
+    """Return whether a model reorganises tokens, which its name says."""
+    return model.endswith("_shrink_base")
+
+
+def visualization_mode(args: argparse.Namespace) -> str:
+    """Return which visualization is asked for: "mask", "attention" or none ("")."""
+    if args.visualize_mask:
+        return "mask"
+    return "attention" if args.visualize_attention else ""
+
+
+def is_mixup_active(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Raise InputError for a value that its flag's type accepts, but what it is for does not."""
+    parse_size(args.input_size)
+    # torch names no flag, and notices a third beta in the first update only
+    betas = 3 if "adan" in args.opt.lower() else 2
+    if args.opt_betas is not None and len(args.opt_betas) != betas:
+        raise InputError(f"--opt-betas {' '.join(map(str, args.opt_betas))}: --opt {args.opt} takes {betas}")
+    # timm ignores a third number
+    if args.lr_noise is not None and len(args.lr_noise) > 2:
+        raise InputError(f"--lr-noise {' '.join(map(str, args.lr_noise))}: give one number or two")
+    # timm does not compare the two
+    minmax = args.cutmix_minmax
+    if minmax is not None and (len(minmax) != 2 or minmax[0] >= minmax[1]):
+        raise InputError(f"--cutmix-minmax {' '.join(map(str, minmax))}: give a minimum and a larger maximum")
+    if not re.fullmatch(r"head|\d*", args.freeze):
+        raise InputError(f"--freeze {args.freeze}: give head, or the number of blocks to train")
+    # these serve more than the model: transforms, classes, and the schedule of the keep rate
+    flags = {
+        "img_size": "--input-size",
+        "num_classes": "--nb-classes",
+        "base_keep_rate": "--base_keep_rate",
+        "fuse_token": "--fuse_token",
+        "drop_loc": "--drop_loc",
+    }
+    for name in flags.keys() & args.model_kwargs.keys():
+        raise InputError(f"--model-kwargs {name}={args.model_kwargs[name]}: use {flags[name]}")
+
+
+def check_modes(args: argparse.Namespace) -> None:
+    """Raise InputError for flags that contradict each other, that need another, or that would do nothing."""
+    # what is done instead of training
+    mode = visualization_mode(args)
+    modes = {
+        "--eval": args.eval,
+        "--only_test_speed": args.only_test_speed,
+        "--visualize_mask": args.visualize_mask,
+        "--visualize_attention": args.visualize_attention,
+    }
+    active = [flag for flag, on in modes.items() if on]
+    # speed may be measured before an evaluation, pictures are made alone
+    if mode and len(active) > 1:
+        raise InputError(f"{' and '.join(active)}: give one at a time")
+    # timm's own weights need no file
+    if (args.eval or mode) and not args.resume and not args.model_kwargs.get("pretrained"):
+        raise InputError(f"{active[0]} needs a checkpoint: add --resume FILE")
+
+    # flags without effect in this mode
+    if args.use_ema and not (args.eval or args.finetune or mode):
+        raise InputError("--use-ema is for --eval, --finetune and --visualize_*: leave it out")
+    if args.image_dir and not mode:
+        raise InputError("--image-dir is for --visualize_mask and --visualize_attention: add one of them")
+    if args.speed_batch_size and not (args.test_speed or args.only_test_speed):
+        raise InputError("--speed-batch-size is for --test_speed and --only_test_speed: add one of them")
+    if args.resume == "auto" and not args.output_dir:
+        raise InputError("--resume auto looks into --output_dir: give one")
+    if args.compile and args.grad_checkpointing:
+        raise InputError("--compile and --grad-checkpointing: give one; the compiler itself chooses what to recompute")
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Raise InputError for flags of training that contradict each other."""
+    distilled = args.distillation_type != "none"
+    mixup = is_mixup_active(args)
+    # timm mixes the images of a batch in pairs
+    if mixup and args.batch_size % 2:
+        raise InputError(f"--batch-size {args.batch_size} must be even for mixup and cutmix (or --mixup 0 --cutmix 0)")
+    # smoothed targets are all above 0, and so become 1
+    if mixup and args.bce_loss and args.smoothing:
+        raise InputError(
+            f"--bce-loss with --smoothing {args.smoothing:g} makes every target 1 under mixup: add --smoothing 0"
+        )
+    if distilled and not args.teacher_path:
+        raise InputError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE")
+    if distilled and not args.train_mode:
+        raise InputError("--no-train-mode averages the two heads that distillation trains apart: leave it out")
+    if not args.resume and args.start_epoch >= args.epochs:
+        raise InputError(f"--start_epoch {args.start_epoch} must be below --epochs {args.epochs}")
+
+
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    """Return the model that the flags describe; the number of classes may still come from the data."""
+    kwargs: dict[str, Any] = {"drop_path_rate": args.drop_path}
+    # inside the blocks, as published; timm's drop_rate would be the classifier's
+    if args.drop:
+        kwargs["pos_drop_rate"] = args.drop
+        kwargs["proj_drop_rate"] = args.drop
+    if is_evit(args.model):
+        kwargs["base_keep_rate"] = args.base_keep_rate
+        kwargs["fuse_token"] = args.fuse_token
+        kwargs["drop_loc"] = args.drop_loc
+    return ModelConfig(
+        name=args.model,
+        num_classes=args.nb_classes,
+        input_size=resolve_input_size(args.model, parse_size(args.input_size)),
+        kwargs=kwargs | args.model_kwargs,
+        crop_ratio=args.eval_crop_ratio,
+    )
+
+
+def data_config(args: argparse.Namespace, device: torch.device, saved: DataConfig | None = None) -> DataConfig:
+    """Return the data set that the flags describe, or a checkpoint's, `saved`, as far as flags were not given."""
+    flags = {"name": "data_set", "root": "data_path", "lmdb": "use_lmdb", "inat_category": "inat_category"}
+    values = {name: getattr(args, flag) for name, flag in flags.items() if saved is None or flag in args.given}
+    # how images are read is this machine's business, and not the checkpoint's
+    return replace(
+        saved or DataConfig(),
+        **values,
+        transform=args.transform,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type != "cpu",
+    )
+
+
+def augment_config(args: argparse.Namespace) -> AugmentConfig:
+    """Return the augmentation that the flags describe."""
+    return AugmentConfig(
+        aa=args.aa,
+        color_jitter=args.color_jitter,
+        interpolation=args.train_interpolation,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        three_augment=args.ThreeAugment,
+        src=args.src,
+        repeated_aug=args.repeated_aug,
+    )
+
+
+def scale_lr(args: argparse.Namespace, processes: int) -> tuple[float, str]:
+    """Return the learning rate after linear scaling by the effective batch size, and the calculation."""
+    batch = args.batch_size * processes * args.accum_steps
+    lr = args.lr if args.unscale_lr else args.lr * batch / 512
+    rule = "given by --unscale-lr" if args.unscale_lr else f"{args.lr:g} x {batch} / 512"
+    lr_info = (
+        f"effective batch size {batch} = {args.batch_size} per process x {processes} processes x {args.accum_steps} "
+        f"accumulated; learning rate {lr:g} = {rule}"
+    )
+    return lr, lr_info

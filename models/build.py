@@ -1,0 +1,285 @@
+"""From a configuration, or from a file of weights, to a model."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from util.command import parse_block_numbers
+from util.config import DataConfig, ModelConfig, find_cfg, is_native_size, resolve_input_size
+from util.distributed import print0
+from util.errors import InputError
+from util.weights import first_line, get_weights, load, load_matching, load_weights, resample_pos_embed, saved_flags
+
+DEFAULT_DROP_PATH = 0.1  # of --drop-path, which models without stochastic depth may ignore
+EVIT_KWARGS = ("base_keep_rate", "fuse_token", "drop_loc")
+LARGEST_SIDE = 4096  # pixels that a file is believed
+FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}  # of timm
+
+
+@dataclass
+class TrainedModel:
+    """A model in eval mode, with what its file says: classes by index, and the data set it was trained on."""
+
+    model: nn.Module
+    config: ModelConfig
+    classes: list[str] | None
+    data: DataConfig | None
+    source: str
+
+
+def build_model(config: ModelConfig, flag: str = "--model", grad_checkpointing: bool = False) -> nn.Module:
+    """Return a model with new weights. Raises InputError, naming the flag, where timm cannot build it."""
+    cfg = find_cfg(config.name, flag)
+    kwargs = dict(config.kwargs)
+    if config.num_classes is not None:
+        kwargs["num_classes"] = config.num_classes
+    if cfg.fixed_input_size:
+        kwargs["img_size"] = config.input_size
+    try:
+        try:
+            model = timm.create_model(config.name, **kwargs)
+        except TypeError:
+            # not every model has stochastic depth
+            if kwargs.pop("drop_path_rate", None) != DEFAULT_DROP_PATH:
+                raise
+            model = timm.create_model(config.name, **kwargs)
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or config.input_size
+        if min(grid) < 1:
+            raise ValueError("smaller than a patch; give a larger --input-size")
+        if grad_checkpointing:
+            model.set_grad_checkpointing()
+    except Exception as error:  # of any kind: models raise what they like on wrong arguments
+        height, width = config.input_size
+        raise InputError(
+            f"{flag} {config.name} at {height}x{width} pixels with {config.kwargs}: {first_line(error)}; change "
+            "--input-size, --model-kwargs, --drop, --drop-path or --grad-checkpointing"
+        ) from None
+    return model
+
+
+def count_classes(name: str, weights: Mapping[str, Any]) -> int | None:
+    """Return the number of rows of the classifier among a model's weights, None where it is not there."""
+    classifier = find_cfg(name).classifier or ""
+    classifier = classifier if isinstance(classifier, str) else classifier[0]
+    head = weights.get(f"{classifier}.weight")
+    return len(head) if isinstance(head, Tensor) and head.ndim else None
+
+
+def load_trained(
+    path: str | Path,
+    *,
+    use_ema: bool = False,
+    default_name: str | None = None,
+    remedy: str = "",
+    **overrides: Any,
+) -> TrainedModel:
+    """Return the model of a file with its weights.
+
+    `path` is a checkpoint of main.py or of the published scripts, a bare state dict, a .safetensors file, a folder of
+    export.py or in timm's layout, or a URL. `overrides` are fields of ModelConfig, and arguments of EViT, that differ
+    from what the file says; a difference is printed. `default_name` is the model of a file that does not name its own.
+    Raises InputError.
+    """
+    saved = load(path)
+    weights = get_weights(saved, path, use_ema)
+    trained = describe_model(saved, path)
+    data = describe_data(saved)
+
+    # What the file says, and what is to be different
+    evit = {name: overrides.pop(name) for name in EVIT_KWARGS if name in overrides}
+    kwargs = {**trained.get("kwargs", {}), **overrides.pop("kwargs", {}), **evit}
+    values = {**trained, **overrides}
+    values.setdefault("name", default_name)
+    if values["name"] is None:
+        raise InputError(f"{path}: does not say which model it is of; add --model NAME")
+    if not values["name"].endswith("_shrink_base"):
+        # an EViT's weights in a plain ViT
+        kwargs = {name: value for name, value in kwargs.items() if name not in EVIT_KWARGS}
+    values["kwargs"] = kwargs
+    values["input_size"] = resolve_input_size(values["name"], values.get("input_size"))
+    classes = saved_classes(saved)
+    if values.get("num_classes") is None:
+        values["num_classes"] = len(classes or ()) or count_classes(values["name"], weights)
+    config = ModelConfig(**values)
+    if data is not None and is_native_size(data.name, config.input_size):
+        # its images were neither resized nor cropped
+        config = replace(config, crop_ratio=1.0)
+
+    # Build it, and load the weights strictly
+    model = build_model(config)
+    if resample_pos_embed(model, weights, trained.get("input_size")):
+        print0(f"{path}: its position embedding is resampled")
+    if trained.get("name") not in (None, config.name):
+        remedy = remedy or f"it is of --model {str(trained['name'])[:80]}"
+    load_weights(model, weights, path, remedy)
+    print_differences(trained, config, path)
+    return TrainedModel(model.eval(), config, classes, data, str(path))
+
+
+def print_differences(trained: Mapping[str, Any], config: ModelConfig, path: str | Path) -> None:
+    """Print where a model is used in another way than it was trained."""
+    height, width = trained.get("input_size", config.input_size)
+    if (height, width) != config.input_size:
+        print0(f"{path}: trained at {height}x{width}, evaluating at {config.input_size[0]}x{config.input_size[1]}")
+    for name, value in config.kwargs.items():
+        before = trained.get("kwargs", {}).get(name, value)
+        if before != value:
+            print0(f"{path}: trained with {name} {before}, evaluating with {value}")
+
+
+def describe_model(saved: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return the fields of ModelConfig that a file holds, whichever program wrote it.
+
+    A file is not believed beyond types and ranges. Raises InputError.
+    """
+    config, hub, flags = saved.get("config"), saved.get("hf_config"), saved_flags(saved)
+    try:
+        if config is not None:
+            values = dict(config)
+        elif hub is not None:
+            cfg = hub["pretrained_cfg"]
+            values = {
+                "name": hub["architecture"],
+                "num_classes": hub.get("num_classes"),
+                "input_size": cfg["input_size"][-2:],
+                "kwargs": hub.get("model_args") or {},
+                "crop_ratio": cfg["crop_pct"],
+                "mean": cfg["mean"],
+                "std": cfg["std"],
+            }
+        elif "model" in flags:
+            values = describe_flags(flags)
+        else:
+            return {}
+        if isinstance(saved.get("keep_rate"), float) and "base_keep_rate" in values["kwargs"]:
+            # an epoch is evaluated at the rate that was reached
+            values["kwargs"] = {**values["kwargs"], "base_keep_rate": saved["keep_rate"]}
+        return check_fields(values)
+    except (LookupError, TypeError, ValueError, AttributeError, ArgumentTypeError) as error:
+        raise InputError(f"{path}: what it says of its model is damaged ({first_line(error)}); use another") from None
+
+
+def describe_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of ModelConfig from the flags of a run, this program's or the published one's."""
+    size = flags.get("input_size")
+    size = [size] if isinstance(size, int) else size
+    kwargs = dict(flags.get("model_kwargs") or {})
+    if "base_keep_rate" in flags and str(flags["model"]).endswith("_shrink_base"):
+        kwargs["base_keep_rate"] = flags["base_keep_rate"]
+        kwargs["fuse_token"] = flags.get("fuse_token", False)
+        drop_loc = flags.get("drop_loc", "(3, 6, 9)")
+        kwargs["drop_loc"] = parse_block_numbers(drop_loc) if isinstance(drop_loc, str) else tuple(drop_loc)
+    return {
+        "name": flags["model"],
+        "num_classes": flags.get("nb_classes"),
+        "input_size": (size[0], size[-1]) if size else resolve_input_size(flags["model"], None),
+        "kwargs": kwargs,
+        "crop_ratio": flags.get("eval_crop_ratio") or ModelConfig.crop_ratio,
+    }
+
+
+def check_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of ModelConfig with their types. Raises ValueError or TypeError where they cannot be meant."""
+    height, width = values["input_size"]
+    if not 0 < int(height) <= LARGEST_SIDE or not 0 < int(width) <= LARGEST_SIDE:
+        raise ValueError(f"an input size of {height}x{width}")
+    crop_ratio = float(values["crop_ratio"])
+    if not crop_ratio > 0:
+        raise ValueError(f"a crop ratio of {crop_ratio}")
+    return {
+        **values,
+        "name": str(values["name"]),
+        "input_size": (int(height), int(width)),
+        # a file must not make timm download anything
+        "kwargs": {str(name): value for name, value in values["kwargs"].items() if name not in FETCHING},
+        "crop_ratio": min(1.0, crop_ratio),
+    }
+
+
+def describe_data(saved: Mapping[str, Any]) -> DataConfig | None:
+    """Return the data set that a checkpoint was trained on, None where it does not say."""
+    flags = saved_flags(saved)
+    values = saved.get("data") or {
+        "name": flags.get("data_set"),
+        "root": flags.get("data_path"),
+        "lmdb": flags.get("use_lmdb", False),
+        "inat_category": flags.get("inat_category", "name"),
+    }
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        return None
+    kinds = {"name": str, "root": str, "lmdb": bool, "inat_category": str}
+    return DataConfig(**{name: values[name] for name, kind in kinds.items() if isinstance(values.get(name), kind)})
+
+
+def saved_classes(saved: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of a checkpoint's classes by index, None where it does not hold them."""
+    classes = saved.get("classes") or (saved.get("hf_config") or {}).get("label_names")
+    if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
+        return classes
+    return None
+
+
+def load_finetuned(model: nn.Module, path: str, use_ema: bool) -> None:
+    """Start a model from the weights of a file, as far as they match. Raises InputError where few do."""
+    saved = load(path)
+    input_size = describe_model(saved, path).get("input_size")
+    load_matching(model, get_weights(saved, path, use_ema), path, input_size)
+
+
+def load_teacher(path: str, student: ModelConfig, name: str, is_given: bool) -> TrainedModel:
+    """Return the teacher of distillation for the student's images. Raises InputError where it does not fit.
+
+    `name` is its model where its file does not say it, and in any case if it `is_given`. The random stream stays as it
+    is: the student starts from the weights that it would have without a teacher.
+    """
+    overrides = {"input_size": student.input_size}
+    if is_given:
+        overrides["name"] = name
+    if name.endswith("_shrink_base"):
+        overrides["base_keep_rate"] = 1.0  # an EViT teaches with all its tokens
+    with torch.random.fork_rng(devices=[]):
+        return load_trained(
+            path,
+            default_name=name,
+            remedy="give the --teacher-model it is of",
+            **overrides,
+        )
+
+
+def check_teacher(teacher: TrainedModel, student: nn.Module, classes: Sequence[str]) -> None:
+    """Refuse a teacher of other classes than the student's, and a student without a second head. Raises InputError."""
+    # by name, and by number where a file does not hold the names
+    check_classes(f"--teacher-path {teacher.source}", teacher.classes, classes)
+    if teacher.model.num_classes != student.num_classes:
+        raise InputError(
+            f"--teacher-path {teacher.source}: it has {teacher.model.num_classes} classes and the student "
+            f"{student.num_classes}; give one that was trained on these classes"
+        )
+    if not hasattr(student, "set_distilled_training"):
+        names = ", ".join(timm.list_models("deit*distilled*")[:3])
+        name = student.pretrained_cfg["architecture"]
+        raise InputError(f"--model {name} has no distillation head; choose one that has, for example {names}")
+
+
+def check_classes(source: str, saved: Sequence[str] | None, classes: Sequence[str]) -> None:
+    """Refuse a checkpoint of other classes than the data's, by name and number. Raises InputError."""
+    remedy = "is --data-path right, or did you mean --finetune?"
+    if not saved or list(saved) == list(classes):
+        return
+    if len(saved) != len(classes):
+        raise InputError(f"{source}: it has {len(saved)} classes and the data {len(classes)}; {remedy}")
+    i = next(i for i, (a, b) in enumerate(zip(saved, classes, strict=True)) if a != b)
+    raise InputError(f"{source}: its class {i} is {saved[i]} and the data's is {classes[i]}; {remedy}")
+
+
+def resolve_num_classes(nb_classes: int | None, classes: Sequence[str]) -> int:
+    """Return --nb-classes, by default the number of the data's classes. Raises InputError for fewer than those."""
+    if nb_classes is not None and nb_classes < len(classes):
+        raise InputError(f"--nb-classes {nb_classes}: the data has {len(classes)} classes; leave it out")
+    return nb_classes or len(classes)
