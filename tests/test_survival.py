@@ -84,7 +84,7 @@ def run_and_kill(
     """Continue a run until a kill or to its end, and check how it ended; `lost` is how many updates were."""
     before = updates_saved(folder, UPDATES[ranks])
     words = ["--output_dir", str(folder), "--resume", "auto", "--dist-timeout", "60", "--num_workers", str(workers)]
-    result = runner([*flags, *words], folder.parent / "printed", ranks, kill)
+    result = runner([*flags, *words], folder.parent / "printed", ranks, kill=kill)
     case = (kill, result)
     assert "hung" not in result["status"], case
     assert not any("Traceback" in text for text in result["err"]), case
@@ -190,7 +190,7 @@ def test_checkpoints_within_an_epoch_come_at_their_interval(runner, flags, tmp_p
 def test_a_process_that_is_silent_is_given_up_after_the_timeout(runner, flags, tmp_path):
     """Rank 1 is frozen, as by a machine that is gone; rank 0 does not wait for ever."""
     words = ["--output_dir", str(tmp_path / "run"), "--dist-timeout", "5"]
-    result = runner([*flags, *words], tmp_path, 2, kill("update: before it", 4, SIGSTOP, rank=1), grace=1)
+    result = runner([*flags, *words], tmp_path, 2, kill=kill("update: before it", 4, SIGSTOP, rank=1), grace=1)
     assert result["status"] == [1, "hung"] and result["orphans"] == 0
     (line,) = [line for line in result["err"][0].splitlines() if line.startswith("main.py")]
     assert line.startswith("main.py: error [rank 0]: lost another process") and "--dist-timeout" in line
