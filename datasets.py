@@ -4,11 +4,8 @@ A run sees the same images, augmented in the same way, for the same seed, epoch 
 number of workers: see data/sampler.py.
 """
 
-import copy
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +40,13 @@ from util.config import (
 )
 from util.errors import InputError
 from util.stop_signal import ignore_signals
+from util.weights import first_line
 
 # DeiT's default
 MAX_WORKERS = 10
 
 # as in DeiT, CIFAR is CIFAR-100
 CIFAR = {"CIFAR": CIFAR100, "CIFAR-10": CIFAR10}
-
-# a missing host, a broken download, an archive or a batch that is cut short
-CIFAR_ERRORS = (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError)
 
 
 class DatabaseImages(Dataset):
@@ -67,49 +62,35 @@ class DatabaseImages(Dataset):
         class_to_idx: dict[str, int] | None = None,
     ) -> None:
         self.database = ImageDatabase(path)
-        self.database.check_table()
         self.transform = transform
         self.classes = self.database.classes
-        # from the database's labels to those of the training set, where the two differ
-        self.new_labels = None
+        self.files = self.database.paths
+        self.targets = self.database.labels
         if class_to_idx is not None and list(class_to_idx) != self.classes:
             self._renumber(path, class_to_idx)
 
     def _renumber(self, path: Path, class_to_idx: dict[str, int]) -> None:
         names = self.classes
         self.classes = list(class_to_idx)
-        count = len(self.classes)
         remedy = f"the training classes are {describe_names(self.classes)}; build both splits from one folder"
         if not self.database.has_class_names:
-            if len(names) > count:
+            if len(names) > len(self.classes):
                 raise InputError(f"{path}: label {len(names) - 1} is not in the training set, {remedy}")
             return
-        # the published format has numbers for names, but sorted as names "10" comes before "2"
-        if count > 10 and self.classes == [str(i) for i in range(count)]:
-            raise InputError(f"{path}: has class names, but {remedy}")
         for label in np.unique(self.database.labels):
             if names[label] not in class_to_idx:
                 raise InputError(f"{path}: class {names[label]} is not in the training set, {remedy}")
         # classes without images may be unknown
-        self.new_labels = np.array([class_to_idx.get(name, -1) for name in names])
-
-    @property
-    def targets(self) -> np.ndarray | None:
-        labels = self.database.labels
-        return labels if self.new_labels is None else self.new_labels[labels]
-
-    @property
-    def files(self) -> Sequence[str] | None:
-        return self.database.paths
+        self.targets = np.array([class_to_idx.get(name, -1) for name in names])[self.database.labels]
 
     def __len__(self) -> int:
         return len(self.database)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         data, label = self.database[index]
-        if self.new_labels is not None:
+        if self.targets is not None:
             # a plain int, as from the other data sets
-            label = int(self.new_labels[label])
+            label = int(self.targets[index])
         image = EncodedImage(data, self.database.describe(index))
         return apply_transform(self.transform, image), label
 
@@ -131,40 +112,25 @@ def load_digits(train: bool, size: tuple[int, int], transform: Callable | None) 
     images, targets = splits[0::2] if train else splits[1::2]
     # values are from 0 to 16
     grey = np.rint(images * (255 / 16)).astype(np.uint8)  # N, 8, 8
-    resized = [Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC) for image in grey]
-    data = np.stack([np.asarray(image.convert("RGB")) for image in resized])  # N, H, W, 3
+    pictures = [Image.fromarray(image).convert("RGB") for image in grey]
+    data = np.stack([image.resize(size[::-1], Image.Resampling.BICUBIC) for image in pictures])  # N, H, W, 3
     return ImageArray(data, targets.tolist(), [str(digit) for digit in range(10)], transform)
 
 
 def load_cifar(name: str, root: Path, train: bool, transform: Callable | None) -> ImageArray:
-    """Return CIFAR-10 or CIFAR-100. All processes call this, and rank 0 downloads what is missing.
-
-    Raises InputError on all of them if that fails.
-    """
+    """Return CIFAR-10 or CIFAR-100. All processes call this, and rank 0 downloads what is missing."""
     cifar = CIFAR[name]
-    split = None
-    problem = None
     # processes that download or unpack to one folder would overwrite each other's files
-    if distributed.is_primary():
+    with distributed.primary_first():
         try:
-            split = cifar(root, train, download=True)
-        except CIFAR_ERRORS as error:
-            problem = (str(error) or type(error).__name__).splitlines()[0]
-    # where the others wait until the files are complete
-    problem = distributed.broadcast_object(problem)
-    if split is None and problem is None:
-        try:
-            split = cifar(root, train)
-        except RuntimeError:
-            # the processes of other machines may not see rank 0's disk
-            problem = "rank 0 has it, but this machine does not"
-    if problem is not None:
-        # without torchvision's advice on its own arguments
-        reason = problem.partition(". You can")[0]
-        raise InputError(
-            f"{root / cifar.filename}: missing or damaged, and not downloaded ({reason}); "
-            f"put {cifar.url} there, and remove {cifar.base_folder}/ if it exists"
-        )
+            split = cifar(root, train, download=distributed.is_primary())
+        except Exception as error:
+            # of any kind: a missing host, a broken download, an archive that is cut short
+            reason = first_line(error).partition(". You can")[0]
+            raise InputError(
+                f"{root / cifar.filename}: missing or damaged, and not downloaded ({reason}); "
+                f"put {cifar.url} there, and remove {cifar.base_folder}/ if it exists"
+            ) from None
     return ImageArray(split.data, split.targets, list(split.classes), transform)
 
 
@@ -191,7 +157,7 @@ def build_dataset(
     transform: Callable | None,
     class_to_idx: dict[str, int] | None = None,
 ) -> Dataset:
-    """Return one split, with `classes`, `targets`, `files` (either may be None) and `transform`.
+    """Return one split, with `classes`, `transform`, and `targets` and `files`, which may be None.
 
     `class_to_idx` numbers the classes of folders, databases and iNaturalist; by default the split does. All processes
     call this together. Raises InputError for missing, damaged and inconsistent data.
@@ -204,25 +170,19 @@ def build_dataset(
         return load_cifar(data.name, root, train, transform)
     # files named by lists
     if data.name in INATURALIST:
-        files, targets, classes = inaturalist.read_split(
-            root,
-            data.name,
-            train,
-            data.inat_category,
-            class_to_idx,
-        )
-        paths = [os.path.join(root, file) for file in files]
-        return ImageFiles(paths, targets, classes, transform)
+        files, targets, classes = inaturalist.read_split(root, data.name, train, data.inat_category, class_to_idx)
+        return ImageFiles([os.path.join(root, file) for file in files], targets, classes, transform)
     # class folders, or a database that was made of them
     folder = _resolve_split(data, train)
     if data.lmdb:
         return DatabaseImages(folder, transform, class_to_idx)
-    classes, class_to_idx = find_classes(folder, class_to_idx)
+    class_to_idx = find_classes(folder, class_to_idx)
     files, targets = list_images(folder, class_to_idx)
-    return ImageFiles(files, targets, classes, transform)
+    return ImageFiles(files, targets, list(class_to_idx), transform)
 
 
 def build_train_set(data: DataConfig, config: ModelConfig, augment: AugmentConfig) -> Dataset:
+    """Return the training split, augmented."""
     transform = build_transform(
         True,
         config,
@@ -241,15 +201,12 @@ def _resolve_class_to_idx(data: DataConfig, classes: Sequence[str] | None) -> di
 
     None leaves them to the validation split.
     """
-    # those who only evaluate need no training images
+    # in evaluation the training images may be missing
     if data.name in FOLDER_DATA_SETS:
         path = _resolve_split(data, train=True)
         if path.exists():
-            classes = ImageDatabase(path).classes if data.lmdb else find_classes(path)[0]
+            classes = ImageDatabase(path).classes if data.lmdb else find_classes(path)
     elif data.name not in INATURALIST:
-        return None
-    # read_split reads the training list itself
-    elif inaturalist.list_file(_resolve_root(data), data.name, train=True).exists():
         return None
     return {name: i for i, name in enumerate(classes)} if classes else None
 
@@ -281,21 +238,14 @@ def build_val_set(data: DataConfig, config: ModelConfig, classes: Sequence[str] 
 
 def build_image_set(folder: str | Path, config: ModelConfig) -> ImageFiles:
     """Return the images of a folder and its subfolders, prepared as for evaluation, without labels."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--image-dir {folder}: no such folder")
     return ImageFiles(find_images(folder), None, [], build_transform(False, config))
 
 
 def evenly_spaced(dataset: Dataset, count: int) -> Iterator[tuple[Tensor, str | None, str]]:
-    """Yield `count` images, or all if there are fewer, from all parts of a data set.
+    """Yield `count` images from all parts of a data set.
 
     Each is a normalized float image [3, H, W], its class if known, and the name of its file.
     """
-    if isinstance(dataset.transform, FastTransform):
-        # it leaves normalizing to the device, its reference does not
-        dataset = copy.copy(dataset)
-        dataset.transform = dataset.transform.reference
-    count = min(count, len(dataset))
     for k in range(count):
         i = k * len(dataset) // count
         image, target = dataset[i]

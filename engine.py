@@ -7,10 +7,11 @@ import copy
 import math
 import random
 import statistics
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer, timer
 from torch.utils.data import DataLoader
 from torchprofile import profile_macs
 
@@ -29,12 +31,8 @@ from util.log import EpochProgress, RunLog
 from util.precision import Precision
 from util.stop_signal import CONTINUE, STOP, StopSignal
 
-Criterion = Callable[[Tensor, Tensor | tuple[Tensor, Tensor], Tensor], Tensor]  # images, outputs, targets -> loss
-Prepare = Callable[[Tensor], Tensor]  # images as loaded -> images as the model takes them, on its device
-
-REPEATS = 5  # the last so many repeats are what a benchmark reports
-STEADY = 3.0  # percent within which they lie in a steady one
-TRAIN_PASSES = 3  # a training step's products, in forward passes
+STEADY = 0.03  # spread of a benchmark's calls, as a share of their median
+TRAIN_STEP_MACS = 3  # MACs of a forward and backward pass, in multiples of the forward pass
 
 
 def seed_everything(*seed: int) -> None:
@@ -47,64 +45,66 @@ def seed_everything(*seed: int) -> None:
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: Criterion,
+    criterion: Callable,
     loader: DataLoader,
     precision: Precision,
     state: TrainState,
     *,
-    prepare: Prepare,
+    prepare: Callable,
     seed: int,
-    log: RunLog,
+    run_log: RunLog,
     stop: StopSignal | None = None,
     accum_steps: int = 1,
     clip_grad: float | None = None,
     mixup: Mixup | None = None,
-    keep_rate: Callable[[int], float] | None = None,
+    keep_rate_schedule: Callable[[int], float] | None = None,
     print_freq: int = 10,
 ) -> dict[str, float]:
     """Train the rest of the epoch after `state.epoch`; `model` is `state.model`, or its wrapper for several processes.
 
-    `criterion` is called outside autocast; `keep_rate` is the share of tokens that EViT keeps, by the update counted
-    over all epochs. The batches left at the end make a last, smaller update. Losses are read every `print_freq`
-    updates: nothing else in the loop waits for the device. Returns numbers for log.txt. Raises NonFiniteLossError,
-    and StoppedError once the state is saved, on every process alike.
+    `prepare` takes images as loaded to the model's device; `criterion(images, outputs, targets)` is called outside
+    autocast; `keep_rate_schedule(update)` is the share of tokens that EViT keeps, updates counted over all epochs. The
+    batches left at the end make a last, smaller update. Losses are read every `print_freq` updates: nothing else in the
+    loop waits for the device. Returns numbers for log.txt. Raises NonFiniteLossError, and StoppedError once the state
+    is saved, on every process alike.
     """
     epoch = state.epoch + 1
-    updates = math.ceil(len(loader) / accum_steps)
-    batches = iter(loader) if state.update < updates else iter(())
+    updates = state.updates_per_epoch
+    batches = iter(loader)
     progress = EpochProgress(updates, f"Epoch {epoch}", first=state.update, seconds_before=state.seconds)
     pending = []  # losses that are still on the device
 
     for update in range(state.update, updates):
         # random numbers of its own for each update, so that a resumed run draws the same ones
         seed_everything(seed, epoch, update)
-        if keep_rate is not None:
-            state.keep_rate = keep_rate(epoch * updates + update)
+        if keep_rate_schedule is not None:
+            state.keep_rate = keep_rate_schedule(epoch * updates + update)
         state.optimizer.zero_grad(set_to_none=True)
+        # forward and backward pass of each batch of the update
         count = min(accum_steps, len(loader) - update * accum_steps)
         loss = torch.zeros((), device=precision.device)
         for i in range(count):
             images, targets = progress.wait(batches)
             images = prepare(images)  # B, C, H, W
-            targets = targets.to(precision.device, non_blocking=True)
+            targets = targets.to(precision.device, non_blocking=True)  # B
             if mixup is not None:
                 images, targets = mixup(images, targets)  # targets: B, classes
             last = i == count - 1
             loss += backward(model, criterion, images, targets, precision, 1 / count, state.keep_rate, last)
-        step(model, state, clip_grad)
+        update_weights(model, state, clip_grad)
 
-        # the update is made: from here on it can be saved
+        # from here on the update can be saved
         state.update = update + 1
         pending.append(loss)
         request = CONTINUE if stop is None else stop.agree()
         if request or state.update % print_freq == 0 or state.update == updates:
             losses = read_losses(pending, state)
-            log.updates(epoch * updates + state.update - len(losses), losses, state.lr, keep_rate)
+            first_update = epoch * updates + state.update - len(losses)
+            run_log.log_updates(first_update, losses, state.lr, keep_rate_schedule)
             state.seconds = progress.seconds
             progress.report(state.update, statistics.fmean(losses), state.lr)
         if request:
-            save_on_request(request, state, stop, progress)
-    progress.close()
+            save_on_request(request, state, stop)
     check_weights(state)
     return {
         "train_lr": state.lr,
@@ -115,26 +115,26 @@ def train_one_epoch(
 
 def backward(
     model: nn.Module,
-    criterion: Criterion,
+    criterion: Callable,
     images: Tensor,
     targets: Tensor,
     precision: Precision,
-    share: float,
+    loss_weight: float,
     keep_rate: float | None,
     synchronize: bool,
 ) -> Tensor:
-    """Add one batch's gradients to those of its update, of which it is a `share`; return its part of the loss."""
+    """Forward and backward pass of one of an update's batches; return its loss times `loss_weight`."""
     # the processes' gradients are averaged once per update, with its last batch
     averaging = nullcontext() if synchronize or not hasattr(model, "no_sync") else model.no_sync()
     with averaging:
         with precision.autocast():
             outputs = model(images) if keep_rate is None else model(images, keep_rate)
-        loss = criterion(images, outputs, targets) * share
+        loss = criterion(images, outputs, targets) * loss_weight
         precision.scaler.scale(loss).backward()
     return loss.detach()
 
 
-def step(model: nn.Module, state: TrainState, clip_grad: float | None) -> None:
+def update_weights(model: nn.Module, state: TrainState, clip_grad: float | None) -> None:
     """Update weights and EMA; gradients are clipped to the norm `clip_grad` if it is given."""
     if clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
@@ -176,12 +176,11 @@ def diverged(what: str, state: TrainState) -> NonFiniteLossError:
     )
 
 
-def save_on_request(request: int, state: TrainState, stop: StopSignal, progress: EpochProgress) -> None:
+def save_on_request(request: int, state: TrainState, stop: StopSignal) -> None:
     """Save in the middle of an epoch; raise StoppedError if that is what the processes agreed on."""
     check_weights(state)
     state.save()
     if request == STOP:
-        progress.close()
         raise StoppedError(
             f"stopped by {stop.name} in epoch {state.epoch + 1} after update {state.update}; it is saved, and the same "
             "command with --resume auto continues"
@@ -194,7 +193,7 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     precision: Precision,
     *,
-    prepare: Prepare,
+    prepare: Callable,
     keep_rate: float | None = None,
     stop: StopSignal | None = None,
 ) -> dict[str, Any]:
@@ -247,56 +246,40 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure the throughput of a copy of the model on random images: inference, or training steps with AdamW.
 
-    Repeats of at least `min_seconds` are timed until the last five lie within 3 %, or 30 times as long has passed.
-    Returns the conditions and, of the last five: the medians images_per_s and ms_per_batch, the spread (percent of the
-    median), whether that is steady, the rate of plain matrix products (matrix_gmacs_per_s) and the share of it that
-    the model's `gmacs` per image reach, and peak_memory_mib.
+    Calls are timed until they are steady (interquartile range within 3 % of the median), for at least `min_seconds`
+    and at most 30 times as long. Returns images_per_s and ms_per_batch (medians), the spread (interquartile range in
+    percent of the median), whether that is steady, the rate of plain matrix products (matrix_gmacs_per_s) and the
+    share of it that the model's `gmacs` per image reach, and peak_memory_mib.
     """
-    device = precision.device
     step = make_step(model, input_size, batch_size, precision, train, compiled)
 
-    # Warm up: the first calls compile, allocate and choose kernels. Then find how many calls fill a repeat.
-    distributed.reset_peak_memory(device)
-    time_calls(step, 2, device)
-    calls = 1
-    while time_calls(step, calls, device) < min_seconds:
-        calls *= 2
-    peak_memory = distributed.peak_memory_mib(device)  # now, since the matrices below take memory too
+    # Warm up: the first calls compile, allocate and choose kernels
+    distributed.reset_peak_memory(precision.device)
+    step_timer = make_timer(step)
+    step_timer.timeit(1)
+    peak_memory = distributed.peak_memory_mib(precision.device)  # now, since the matrices below take memory too
 
-    # Time repeats until they are steady. The machine's speed drifts, so its matrix rate is measured at both ends.
+    # The machine's speed drifts, so its matrix rate is measured at both ends
     rate_before = matrix_rate(precision, min_seconds / 4)
-    times = []
-    spread = math.inf
-    deadline = time.perf_counter() + 30 * min_seconds
-    while len(times) < REPEATS or (spread > STEADY and time.perf_counter() < deadline):
-        times.append(time_calls(step, calls, device) / calls)
-        last = times[-REPEATS:]
-        median = statistics.median(last)
-        spread = 100 * (max(last) - min(last)) / median
+    measured = step_timer.adaptive_autorange(STEADY, min_run_time=min_seconds, max_run_time=30 * min_seconds)
     matrix_gmacs = (rate_before + matrix_rate(precision, min_seconds / 4)) / 2
 
-    # What the model's own products amount to per second, beside plain products of the same kind.
-    model_gmacs = gmacs * (TRAIN_PASSES if train else 1) * batch_size / median
+    # What the model's own products amount to per second, beside plain products of the same kind
+    images_per_s = batch_size / measured.median
+    model_gmacs = images_per_s * gmacs * (TRAIN_STEP_MACS if train else 1)
+    spread = measured.iqr / measured.median
     return {
-        "mode": "train" if train else "inference",
-        "images_per_s": batch_size / median,
-        "ms_per_batch": 1000 * median,
-        "spread": spread,
+        "images_per_s": images_per_s,
+        "ms_per_batch": 1000 * measured.median,
+        "spread": 100 * spread,
         "steady": spread <= STEADY,
         "matrix_gmacs_per_s": matrix_gmacs,
         "share": 100 * model_gmacs / matrix_gmacs,
         "peak_memory_mib": peak_memory,
-        "batch_size": batch_size,
-        "input_size": f"{input_size[0]}x{input_size[1]}",
-        "precision": f"{precision}, compiled" if compiled else str(precision),
-        "device": distributed.describe(device),
-        "torch": torch.__version__,
     }
 
 
-def compare_steps(
-    step: Callable, baseline_step: Callable, batch_size: int, device: torch.device, pairs: int
-) -> dict[str, float]:
+def compare_steps(step: Callable, baseline_step: Callable, batch_size: int, pairs: int) -> dict[str, float]:
     """Time two steps in turns, so that whatever slows the machine down for a while slows both.
 
     Returns the ratio of the baseline's time to the step's (median of `pairs` turns, quartiles ratio_q1 and ratio_q3)
@@ -304,18 +287,19 @@ def compare_steps(
     """
     turns = []
     for _ in range(2 + pairs):
-        turns.append((time_calls(step, 1, device), time_calls(baseline_step, 1, device)))
-    # The first two turns warm up: they compile, allocate and choose kernels.
-    times, baseline_times = zip(*turns[2:], strict=True)
-    # Of the ratios within a turn, not the ratio of the medians: the machine's speed drifts from turn to turn.
-    ratios = [b / t for t, b in zip(times, baseline_times, strict=True)]
-    q1, ratio, q3 = statistics.quantiles(ratios, method="inclusive")
+        # The clock waits for accelerators
+        turns.append([timeit.timeit(call, timer=timer, number=1) for call in (step, baseline_step)])
+    # The first two turns warm up: they compile, allocate and choose kernels
+    turns = turns[2:]
+    # Of the ratios within a turn, not the ratio of the medians: the machine's speed drifts from turn to turn
+    q1, ratio, q3 = statistics.quantiles([b / a for a, b in turns], method="inclusive")
+    seconds, baseline_seconds = map(statistics.median, zip(*turns, strict=True))
     return {
         "ratio": ratio,
         "ratio_q1": q1,
         "ratio_q3": q3,
-        "images_per_s": batch_size / statistics.median(times),
-        "baseline_images_per_s": batch_size / statistics.median(baseline_times),
+        "images_per_s": batch_size / seconds,
+        "baseline_images_per_s": batch_size / baseline_seconds,
     }
 
 
@@ -331,7 +315,8 @@ def make_step(
     # Already normalised and on the device: loading is measured by speed_test.py --loader.
     shape = (batch_size, getattr(model, "in_chans", 3), *input_size)
     images = precision.to_memory_format(torch.randn(shape, device=precision.device))
-    # A copy, since folding and training change the weights.
+    # Copies, since folding and training change the weights, and training the scale of the loss
+    precision = replace(precision)
     model = copy.deepcopy(model).train(train)
     if not train:
         reparameterize_model(model, inplace=True)
@@ -363,28 +348,20 @@ def make_step(
     return training_step
 
 
-def time_calls(step: Callable, calls: int, device: torch.device) -> float:
-    """Return the seconds that so many calls take, until the device has finished them."""
-    # A device computes behind Python's back: without waiting at both ends, only the launches would be timed.
-    distributed.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    distributed.synchronize(device)
-    return time.perf_counter() - start
+def make_timer(step: Callable) -> Timer:
+    """Return a timer of calls, which waits at both ends until an accelerator has finished them."""
+    return Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
 
 
 def matrix_rate(precision: Precision, seconds: float) -> float:
     """Return the best rate of plain matrix products, in GMAC/s, that the device reached within `seconds`."""
-    # Large enough to keep every core busy, small enough to be repeated within `seconds`.
+    # Large enough to keep every core busy, small enough to be repeated within `seconds`
     n = 1024 if precision.device.type == "cpu" else 8192
-    a = torch.ones(n, n, dtype=precision.dtype, device=precision.device)
+    a = torch.randn(n, n, dtype=precision.dtype, device=precision.device)
     out = torch.empty_like(a)
-    # The fastest one counts, since anything else that runs on the machine only slows it down.
-    times = []
-    while sum(times) < seconds or len(times) < 2:
-        times.append(time_calls(lambda: torch.mm(a, a, out=out), 1, precision.device))
-    return n**3 / 1e9 / min(times)
+    measured = make_timer(lambda: torch.mm(a, a, out=out)).blocked_autorange(min_run_time=seconds)
+    # The fastest one counts, since anything else that runs on the machine only slows it down
+    return n**3 / 1e9 / min(measured.times)
 
 
 @torch.no_grad()

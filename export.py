@@ -4,7 +4,6 @@
 `timm.create_model("local-dir:exported", pretrained=True)` load. With --onnx it also holds model.onnx.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -20,8 +19,9 @@ from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
 from models.build import TrainedModel, load_trained
-from util.command import REQUIRED, Parser, add_flags, add_model_flags, model_overrides, run_command
+from util.command import REQUIRED, Parser, add_flags, add_model_flags, run_command
 from util.errors import InputError
+from util.options import model_overrides
 from util.weights import first_line
 
 FLAGS = (
@@ -29,17 +29,6 @@ FLAGS = (
     ("--onnx", bool, False, "also write model.onnx, verified with ONNX Runtime"),
     ("--overwrite", bool, False, "replace --out once the new folder is complete"),
 )
-
-
-def check_onnx_packages() -> None:
-    """Raise InputError if ONNX Runtime is missing, or onnxscript, which torch's exporter needs."""
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"--onnx needs {error.name}, which is not installed: pip install -r requirements-extra.txt"
-        ) from None
 
 
 def write_safetensors(trained: TrainedModel, folder: Path) -> None:
@@ -69,7 +58,11 @@ def write_onnx(trained: TrainedModel, path: Path) -> None:
     Norm layers are folded into convolutions. Raises InputError if torch cannot export the model, or if ONNX Runtime
     computes other logits than PyTorch.
     """
-    import onnxruntime
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401, which torch's exporter needs
+    except ImportError as error:
+        raise InputError(f"--onnx needs {error.name}: pip install -r requirements-extra.txt") from None
 
     images = torch.randn(3, 3, *trained.config.input_size)
     expected = trained.model(images).detach()  # 3, classes
@@ -118,9 +111,6 @@ def run(argv: list[str]) -> None:
         # nothing but an exported model, or an empty folder, is replaced
         if any(out.iterdir()) and not (out / "config.json").is_file():
             raise InputError(f"--out {out}: holds something other than an exported model; name another folder")
-    # before anything is downloaded or written
-    if args.onnx:
-        check_onnx_packages()
     trained = load_trained(args.checkpoint, use_ema=args.use_ema, **model_overrides(args))
 
     # write to a temporary folder beside --out, and rename it once it is complete
@@ -138,10 +128,8 @@ def run(argv: list[str]) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"--out {out}: {first_line(error)}") from None
 
-    # sizes and checksums, as the Hugging Face hub shows them
     for path in sorted(out.iterdir()):
-        data = path.read_bytes()
-        print(f"{path}  {len(data):,} bytes  sha256 {hashlib.sha256(data).hexdigest()}")
+        print(f"{path}  {path.stat().st_size:,} bytes")
     print(
         f'load it with timm.create_model("local-dir:{out}", pretrained=True) after `import models` of this repository'
     )

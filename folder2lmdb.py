@@ -25,6 +25,8 @@ SPLITS = ("train", "val")
 BATCH_SIZE = 32
 # images that are read at a time, and may be in memory
 CHUNK_SIZE = 256
+# bytes of address space, which cost neither memory nor disk: no data set is larger
+MAP_SIZE = 2**40
 
 FLAGS = (
     ("--out", Path, None, "folder for train.lmdb and val.lmdb (default: --dir)"),
@@ -56,13 +58,8 @@ def load_in_order(paths: Sequence[str], workers: int, check: bool) -> Iterator[b
 
 def put(environment: lmdb.Environment, records: Sequence[tuple[bytes, bytes]]) -> None:
     """Write pairs of key and value in one transaction."""
-    try:
-        with environment.begin(write=True) as transaction:
-            transaction.cursor().putmulti(records)
-    except lmdb.MapFullError:
-        # None of them has been written. The map is address space, neither memory nor disk.
-        environment.set_mapsize(2 * environment.info()["map_size"])
-        put(environment, records)
+    with environment.begin(write=True) as transaction:
+        transaction.cursor().putmulti(records)
 
 
 def write_images(environment: lmdb.Environment, folder: Path, samples: Iterable[tuple]) -> list[tuple]:
@@ -131,7 +128,7 @@ def build(
         raise InputError(f"{temporary}: another build is writing it, or was killed: then remove it") from None
     try:
         # No transaction waits for the disk, as an unfinished file is worthless.
-        with lmdb.open(str(temporary), subdir=False, lock=False, sync=False) as environment:
+        with lmdb.open(str(temporary), MAP_SIZE, subdir=False, lock=False, sync=False) as environment:
             rows = write_images(environment, folder, samples)
             corrupt = len(images) - len(rows)
             if corrupt and not (skip_corrupt and rows):
@@ -157,11 +154,8 @@ def verify_database(path: Path) -> None:
         problems = [error]
     if problems:
         raise InputError(f"{path}: damaged ({problems[0]}); {rebuild_hint(path)}")
-    # size, header, labels and paths
+    # size, header, labels and paths; then every image against its checksum
     database = ImageDatabase(path)
-    database.check_table()
-
-    # every image against its checksum
     for _ in tqdm(database, path.name, unit=" images", disable=None):
         pass
     # The published format has no checksums.
@@ -177,15 +171,15 @@ def write_databases(args: argparse.Namespace, out: Path) -> None:
         raise InputError(f"--out {out}: no such folder; make it first")
     # Validation is numbered as training is, where that is there.
     train = args.dir / "train"
-    class_to_idx = find_classes(train)[1] if train.is_dir() else None
+    class_to_idx = find_classes(train) if train.is_dir() else None
     jobs = []
     for split in splits:
         target = out / f"{split}.lmdb"
         if target.exists() and not args.overwrite:
             raise InputError(f"{target}: exists; add --overwrite to replace the file, or pass --out FOLDER")
         folder = args.dir / split
-        classes, numbers = find_classes(folder, class_to_idx)
-        images = ImageFiles(*list_images(folder, numbers), classes, None)
+        numbers = find_classes(folder, class_to_idx)
+        images = ImageFiles(*list_images(folder, numbers), list(numbers), None)
         jobs.append((folder, target, images))
 
     for folder, target, images in jobs:

@@ -44,8 +44,6 @@ class DistillationLoss(nn.Module):
         autocast: Callable = nullcontext,
     ) -> None:
         super().__init__()
-        if kind not in ("soft", "hard"):
-            raise ValueError(f"distillation is soft or hard, not {kind}")
         self.base = base
         self.teacher = teacher.requires_grad_(False).eval()
         self.kind = kind
@@ -53,16 +51,7 @@ class DistillationLoss(nn.Module):
         self.tau = tau
         self.autocast = autocast
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        # the running statistics of its norm layers must not change
-        self.teacher.eval()
-        return self
-
     def forward(self, samples: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-        # one tensor with a batch of two would unpack as well
-        if not isinstance(outputs, tuple):
-            raise TypeError("distillation needs the outputs of two heads: call model.set_distilled_training(True)")
         class_logits, distillation_logits = (logits.float() for logits in outputs)
         # the class head learns from the labels
         base_loss = self.base(class_logits, targets)

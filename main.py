@@ -30,9 +30,9 @@ from losses import DistillationLoss, ImageLoss
 from models import build
 from models.dhvt import DHVT
 from util import distributed, log, optim, options, visualize, weights
-from util.checkpoint import TrainState, check_output_dir, resolve_resume, write_atomic
-from util.command import model_overrides, run_command
-from util.config import DataConfig, ModelConfig
+from util.checkpoint import TrainState, check_output_dir, resolve_resume
+from util.command import run_command
+from util.config import DataConfig, ModelConfig, describe_size
 from util.distributed import print0
 from util.errors import InputError
 from util.keep_rate import keep_rate_at
@@ -51,7 +51,8 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
     config = options.model_config(args)
     teacher = None
     if args.distillation_type != "none":
-        teacher = build.load_teacher(args.teacher_path, config, args.teacher_model, "teacher_model" in args.given)
+        name = args.teacher_model if "teacher_model" in args.given else None
+        teacher = build.load_teacher(args.teacher_path, config, args.teacher_model, name)
     if args.test_speed:
         measure_speed(args, config, precision)
 
@@ -68,19 +69,21 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
 
     # Model, EMA, optimizer and schedule, as they begin or as they were saved
     engine.seed_everything(args.seed + distributed.rank())
-    model = start_model(args, config, precision, args.finetune if not saved else "")
+    model = build_initial_model(args, config, precision)
+    if args.finetune and not saved:
+        build.init_from_checkpoint(model, args.finetune, args.use_ema)
     frozen = optim.freeze(model, args.freeze)
-    updates = math.ceil(len(train_loader) / args.accum_steps)
-    lr, lr_info = options.scale_lr(args, distributed.world_size())
-    state = build_state(args, model, lr, config, data, train_set.classes, updates, precision)
+    updates_per_epoch = math.ceil(len(train_loader) / args.accum_steps)
+    state = build_state(args, model, config, data, train_set.classes, updates_per_epoch, precision)
     if saved:
         state.load_state_dict(saved, resume)
+        del saved
     if state.epoch + 1 >= args.epochs:
         print0(f"{resume}: this run is finished ({state.epoch + 1} epochs of {args.epochs}); nothing to do")
         return
-    criterion, mixup = build_criterion(args, state, teacher, precision)
+    criterion, mixup = build_loss_and_mixup(args, state, teacher, precision)
     distinct = train_loader.sampler.distinct_images(args.batch_size)
-    log.print_run_summary(state, lr_info, len(train_set), len(val_set), distinct)
+    log.print_run_summary(state, len(train_set), len(val_set), distinct)
     with closing(log.RunLog(state.folder)) as run_log:
         run_log.start(log.describe_run(state, precision), state.epoch + 1)
         run_epochs(args, state, train_loader, val_loader, criterion, mixup, frozen, run_log, precision, stop)
@@ -102,13 +105,13 @@ def run_epochs(
     """Train, save, evaluate and log each epoch that is left."""
     prepare = DeviceTransform(state.config, precision)
     prepare_train = DeviceTransform(state.config, precision, options.augment_config(args))
-    keep_rate = None
+    keep_rate_schedule = None
     if options.is_evit(args.model):
-        keep_rate = partial(
+        keep_rate_schedule = partial(
             keep_rate_at,
             start_epoch=args.shrink_start_epoch,
             end_epoch=args.shrink_start_epoch + args.shrink_epochs,
-            iterations_per_epoch=state.updates,
+            iterations_per_epoch=state.updates_per_epoch,
             base_rate=args.base_keep_rate,
         )
     if args.compile:
@@ -132,12 +135,12 @@ def run_epochs(
             state,
             prepare=prepare_train,
             seed=args.seed + distributed.rank(),
-            log=run_log,
+            run_log=run_log,
             stop=stop,
             accum_steps=args.accum_steps,
             clip_grad=args.clip_grad,
             mixup=mixup,
-            keep_rate=keep_rate,
+            keep_rate_schedule=keep_rate_schedule,
             print_freq=args.print_freq,
         )
 
@@ -153,18 +156,14 @@ def run_epochs(
             test = evaluate_state(args, state, val_loader, precision, prepare, stop)
         stats["epoch_seconds"] = state.seconds + time.time() - started
         best = state.finish_epoch(test)
-        run_log.epoch(log.log_line(state, stats, test))
+        run_log.log_epoch(log.log_line(state, stats, test))
         state.save(best)
         log.print_epoch(state, bool(test), stats["epoch_seconds"])
 
 
-def start_model(args: argparse.Namespace, config: ModelConfig, precision: Precision, finetune: str) -> nn.Module:
-    """Return the model as its training begins, with the weights of the file `finetune` as far as they match."""
+def build_initial_model(args: argparse.Namespace, config: ModelConfig, precision: Precision) -> nn.Module:
+    """Return a model with new weights on the run's device, the same on every process."""
     model = build.build_model(config, grad_checkpointing=args.grad_checkpointing)
-    if finetune:
-        build.load_finetuned(model, finetune, args.use_ema)
-    elif args.finetune:
-        print0(f"--finetune {args.finetune} is not read again: the run is resumed")
     # As published, SOPE's batch norms are synchronised over the processes, and DAFF's are not
     if isinstance(model, DHVT) and distributed.is_distributed():
         if precision.device.type == "cpu":
@@ -181,17 +180,18 @@ def start_model(args: argparse.Namespace, config: ModelConfig, precision: Precis
 def build_state(
     args: argparse.Namespace,
     model: nn.Module,
-    lr: float,
     config: ModelConfig,
     data: DataConfig,
     classes: Sequence[str],
-    updates: int,
+    updates_per_epoch: int,
     precision: Precision,
 ) -> TrainState:
     """Return the state of a run at its beginning."""
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    lr, lr_info = options.scale_lr(args, distributed.world_size())
+    print0(lr_info)
     optimizer = optim.build_optimizer(model, precision.device, **{**optimizer_kwargs(args), "lr": lr})
     scheduler = optim.build_scheduler(optimizer, **{**scheduler_kwargs(args), "decay_milestones": [args.decay_epochs]})
     return TrainState(
@@ -204,13 +204,13 @@ def build_state(
         data=data,
         classes=classes,
         args={name: value for name, value in vars(args).items() if name != "given"},
-        updates=updates,
+        updates_per_epoch=updates_per_epoch,
         folder=Path(args.output_dir) if args.output_dir else None,
         epoch=args.start_epoch - 1,
     )
 
 
-def build_criterion(
+def build_loss_and_mixup(
     args: argparse.Namespace, state: TrainState, teacher: build.TrainedModel | None, precision: Precision
 ) -> tuple[nn.Module, Mixup | None]:
     """Return the loss of (images, outputs, targets), and mixup where it is on."""
@@ -274,7 +274,7 @@ def evaluate_state(
     return line
 
 
-def load_for_use(args: argparse.Namespace) -> build.TrainedModel:
+def load_for_inference(args: argparse.Namespace) -> build.TrainedModel:
     """Return the model of --resume, as its checkpoint says; flags that were given win."""
     if not args.resume:  # --model-kwargs pretrained=True
         config = options.model_config(args)
@@ -282,21 +282,18 @@ def load_for_use(args: argparse.Namespace) -> build.TrainedModel:
     resume = resolve_resume(args.resume, args.output_dir)
     if not resume:
         raise InputError(f"--resume auto: no checkpoint in {args.output_dir}; name another folder")
-    return build.load_trained(resume, use_ema=args.use_ema, **model_overrides(args))
+    return build.load_trained(resume, use_ema=args.use_ema, **options.model_overrides(args))
 
 
 def evaluate(args: argparse.Namespace, precision: Precision) -> None:
     """Evaluate a checkpoint on the validation set that it was trained with, or on the one that the flags name."""
-    trained = load_for_use(args)
+    trained = load_for_inference(args)
     data = options.data_config(args, precision.device, trained.data)
     val_set = datasets.build_val_set(data, trained.config, trained.classes)
     build.check_classes(trained.source, trained.classes, val_set.classes)
     if args.test_speed:
         measure_speed(args, trained.config, precision)
-    size = "x".join(map(str, trained.config.input_size))
-    print0(
-        f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {trained.config.name} at {size}"
-    )
+    print0(f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {trained.config.name}")
     model = reparameterize_model(trained.model).to(precision.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -317,11 +314,12 @@ def evaluate(args: argparse.Namespace, precision: Precision) -> None:
 
 def visualize_model(args: argparse.Namespace, precision: Precision) -> None:
     """Write pictures of what a checkpoint's model looks at, on rank 0."""
-    trained = load_for_use(args)
+    trained = load_for_inference(args)
     if args.image_dir:
         dataset = datasets.build_image_set(args.image_dir, trained.config)
     else:
-        data = options.data_config(args, precision.device, trained.data)
+        # timm's transform normalizes the images itself
+        data = replace(options.data_config(args, precision.device, trained.data), transform="timm")
         dataset = datasets.build_val_set(data, trained.config, trained.classes)
         build.check_classes(trained.source, trained.classes, dataset.classes)
     if not distributed.is_primary():
@@ -349,27 +347,30 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, precision: Prec
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     model = build.build_model(config, grad_checkpointing=args.grad_checkpointing).to(precision.device)
     gmacs = engine.count_macs(model, config.input_size)
-    height, width = config.input_size
-    lines = [f"{config.name}: {gmacs:.3f} GMACs (1 MAC = 2 FLOPs) at {height}x{width}"]
-    print0(lines[0])
-    for train_step in (False, True):
+    batch_size = args.speed_batch_size or args.batch_size
+    lines = [
+        f"{config.name}: {gmacs:.3f} GMACs (1 MAC = 2 FLOPs) at {describe_size(config.input_size)}",
+        f"batches of {batch_size}, {precision}{', compiled' if args.compile else ''}, "
+        f"{distributed.describe(precision.device)}, torch {torch.__version__}",
+    ]
+    print0("\n".join(lines))
+    for mode in ("inference", "train"):
         row = engine.benchmark(
             model,
             config.input_size,
-            args.speed_batch_size or args.batch_size,
+            batch_size,
             precision,
-            train=train_step,
+            train=mode == "train",
             compiled=args.compile,
             gmacs=gmacs,
         )
-        lines.append(log.describe_speed(row))
+        lines.append(f"{mode}: {log.describe_speed(row)}")
         print0(lines[-1])
     if args.output_dir:
-        write_atomic(Path(args.output_dir, "speed_macs.txt"), "".join(f"{line}\n" for line in lines).encode())
+        Path(args.output_dir, "speed_macs.txt").write_text("\n".join(lines) + "\n")
 
 
 def run(argv: list[str]) -> None:
-    """Run one command line."""
     args = options.parse(argv)
     device = distributed.init(args.device, args.dist_backend, args.dist_timeout)
     distributed.end_with_launcher()
@@ -386,13 +387,12 @@ def run(argv: list[str]) -> None:
     elif args.eval:
         evaluate(args, precision)
     else:
-        # from here on a signal is answered after an update, which there is nowhere to save without --output_dir
+        # a stop signal saves after the update under way; without --output_dir it ends the process as usual
         with StopSignal(args.checkpoint_interval) if args.output_dir else nullcontext() as stop:
             train(args, precision, stop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status, see util/command.py."""
     return run_command("main.py", run, argv)
 
 

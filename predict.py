@@ -18,13 +18,13 @@ from util.command import (
     Parser,
     add_flags,
     add_model_flags,
-    model_overrides,
     nonnegative_int,
     positive_int,
     run_command,
 )
 from util.distributed import pick_device
 from util.errors import InputError
+from util.options import model_overrides
 from util.precision import Precision, resolve_amp_dtype
 
 FLAGS = (

@@ -16,12 +16,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from util import options, stop_signal
-from util.command import STOPPED, Parser, nonnegative_int, parse_key_values, positive_int, run_command
+from util.command import STOPPED, Parser, add_flags, nonnegative_int, positive_int, run_command
 from util.errors import InputError
 
 SIGNAL_DELAY = 120  # seconds before the time limit at which Slurm sends SIGUSR2: enough to finish an update and save
 SLURM_GRACE = 600  # seconds within which Slurm ends the processes of a stopped job
 SBATCH_FLAGS = ("mem", "partition", "account", "qos", "constraint", "comment")
+
+FLAGS = (
+    (
+        "--cluster",
+        ("slurm", "local", "debug"),
+        "slurm",
+        "local: processes on this machine; debug: within this process",
+    ),
+    ("--dry-run", bool, False, "print the job script instead of submitting it"),
+    ("--job-name", str, "dhvt", "name of the job in the queue"),
+    ("--nodes", positive_int, 1, "number of nodes"),
+    ("--ngpus", nonnegative_int, 0, "GPUs per node, each with a process; 0: on the CPU"),
+    ("--tasks-per-node", positive_int, None, "processes per node; default: one per GPU, at least one"),
+    ("--cpus-per-task", positive_int, 10, "CPU cores per process"),
+    ("--timeout", positive_int, 2800, "time limit in minutes, at which the job is requeued and resumes"),
+    *((f"--{name}", str, None, "passed to sbatch") for name in SBATCH_FLAGS),
+    ("--slurm", [str], (), "KEY=VALUE or KEY: any other flags of sbatch, for example gres=gpu:8 exclusive"),
+)
 
 
 class Task:
@@ -78,39 +96,17 @@ def build_parser() -> Parser:
         description="Submit main.py to Slurm with submitit, or run it on this machine as Slurm would.",
         epilog="All other flags are passed to main.py: python main.py --help",
     )
-    add = parser.add_argument
-    add(
-        "--cluster",
-        default="slurm",
-        choices=("slurm", "local", "debug"),
-        help="local: processes on this machine; debug: within this process",
-    )
-    add("--dry-run", action="store_true", help="print the job script instead of submitting it")
-    add("--job-name", default="dhvt", help="name of the job in the queue")
-    add("--nodes", type=positive_int, default=1, help="number of nodes")
-    add("--ngpus", type=nonnegative_int, default=0, help="GPUs per node, each with a process; 0: on the CPU")
-    add("--tasks-per-node", type=positive_int, help="processes per node; default: one per GPU, at least one")
-    add("--cpus-per-task", type=positive_int, default=10, help="CPU cores per process")
-    add(
-        "--timeout",
-        type=positive_int,
-        default=2800,
-        metavar="MINUTES",
-        help="time limit, at which the job is requeued and resumes",
-    )
-    for name in SBATCH_FLAGS:
-        add(f"--{name}", help="passed to sbatch")
-    add("--slurm", nargs="*", metavar="KEY=VALUE", help="any other flags of sbatch, for example gres=gpu:8")
+    add_flags(parser, FLAGS)
     return parser
 
 
 def slurm_parameters(args: argparse.Namespace) -> dict[str, object]:
     """Return the parameters of submitit's SlurmExecutor; None is Slurm's default."""
     additional = {"requeue": True}
-    for word in args.slurm or ():
-        # sbatch's names have dashes
-        key, equals, value = word.partition("=")
-        additional |= parse_key_values([key.replace("-", "_") + equals + value], "--slurm")
+    for word in args.slurm:
+        # a word alone is a switch of sbatch, such as exclusive
+        key, _, value = word.partition("=")
+        additional[key] = value or True
     return {
         **{name: getattr(args, name) for name in SBATCH_FLAGS},
         "job_name": args.job_name,
@@ -184,8 +180,8 @@ def wait(job) -> int:
     """Wait for a job of --cluster local and return main.py's exit status."""
     job.wait()
     # rank 0 comes first
-    logs = [path.read_text() for path in sorted(job.paths.folder.glob(f"{job.job_id}_*_log.err"))]
-    errors = [line for log in logs for line in log.splitlines() if line.startswith("main.py: error")]
+    logs = sorted(job.paths.folder.glob(f"{job.job_id}_*_log.err"))
+    errors = [line for path in logs for line in path.read_text().splitlines() if line.startswith("main.py: error")]
     try:
         status = max(job.results())
     except RuntimeError:
@@ -194,7 +190,7 @@ def wait(job) -> int:
     if status == STOPPED:
         print("it was stopped; run the same command again to resume", flush=True)
     elif status:
-        reason = errors[0] if errors else "the job failed"
+        reason, *_ = [*errors, "the job failed"]
         print(f"run_with_submitit.py: error: {reason}; see {job.paths.stderr}", file=sys.stderr, flush=True)
     return status
 

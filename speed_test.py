@@ -19,13 +19,13 @@ from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
 
 import datasets
 import engine
-from data.images import EncodedImage
 from models.build import build_model, resolve_input_size
 from util import distributed
 from util.command import (
@@ -39,7 +39,7 @@ from util.command import (
     positive_int,
     run_command,
 )
-from util.config import DATA_SETS, AugmentConfig, DataConfig, ModelConfig, is_native_size
+from util.config import DATA_SETS, AugmentConfig, DataConfig, ModelConfig, describe_size, is_native_size
 from util.errors import InputError
 from util.precision import Precision, resolve_amp_dtype
 from util.weights import first_line
@@ -81,8 +81,8 @@ AXES = {
     "batch_size": "batch size",
 }
 
-# Ways of loading: either --transform, files that are only decoded or only read, and a train.lmdb beside the folders.
-LOADERS = ("timm", "fast", "decode", "read", "fast, LMDB", "read, LMDB")
+# Ways of loading: --transform, and a train.lmdb beside the folders.
+LOADERS = ("timm", "fast", "fast, LMDB")
 
 
 FLAGS = (
@@ -142,11 +142,10 @@ def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
     print(HEADER)
     for size in sizes:
         for (label, config), mode in product(resolve_models(args.models or TOP1, size).items(), modes):
-            height, width = config.input_size
             row = {
                 "model": label,
                 "mode": mode,
-                "input_size": f"{height}x{width}",
+                "input_size": describe_size(config.input_size),
                 "top1": TOP1.get(label),
                 "baseline": args.baseline,
                 "precision": computing,
@@ -167,7 +166,7 @@ def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
                     if args.baseline:
                         step = engine.make_step(model, config.input_size, **how)
                         baseline_step = engine.make_step(baseline, baseline_config.input_size, **how)
-                        result = engine.compare_steps(step, baseline_step, batch_size, device, args.pairs or 15)
+                        result = engine.compare_steps(step, baseline_step, batch_size, args.pairs or 15)
                     else:
                         result = engine.benchmark(
                             model,
@@ -182,18 +181,6 @@ def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
                 yield row | {"error": first_line(error).partition(". ")[0]}
 
 
-def decode(image: EncodedImage) -> int:
-    return image.decode().numel()
-
-
-def read(image: EncodedImage) -> int:
-    return len(image.data)
-
-
-# as transforms they want the file's content, and not an image that is decoded already
-decode.takes_encoded = read.takes_encoded = True
-
-
 def measure_loaders(args: Namespace, device: torch.device) -> Iterator[dict]:
     """Yield a row per number of workers and way of loading: whole epochs, in turns with timm's transform."""
     # CIFAR and the digits come in 32 px
@@ -202,7 +189,7 @@ def measure_loaders(args: Namespace, device: torch.device) -> Iterator[dict]:
     batch_size = (args.batch_size or [32])[0]
     for workers in args.workers:
         conditions = (
-            f"{args.data_set} at {size[0]}x{size[1]}, batch {batch_size}, {workers} worker(s), default recipe, "
+            f"{args.data_set} at {describe_size(size)}, batch {batch_size}, {workers} worker(s), default recipe, "
             f"repeated augmentation {'off' if args.no_repeated_aug else 'on'}"
         )
         print(conditions)
@@ -214,16 +201,11 @@ def measure_loaders(args: Namespace, device: torch.device) -> Iterator[dict]:
             data = DataConfig(
                 args.data_set,
                 args.loader,
-                bool(lmdb),
+                lmdb=bool(lmdb),
                 transform=transform,
                 num_workers=workers,
             )
             dataset = datasets.build_train_set(data, ModelConfig("", input_size=size), AugmentConfig())
-            if transform in ("decode", "read"):
-                # CIFAR and the digits are in memory
-                if dataset.files is None:
-                    continue
-                dataset.transform = decode if transform == "decode" else read
             loader = datasets.build_train_loader(
                 dataset,
                 data,
@@ -234,7 +216,7 @@ def measure_loaders(args: Namespace, device: torch.device) -> Iterator[dict]:
             # A deque without room runs through an epoch.
             step = partial(deque, loader, maxlen=0)
             timm_step = timm_step or step
-            row = engine.compare_steps(step, timm_step, len(loader) * batch_size, device, args.pairs or 5)
+            row = engine.compare_steps(step, timm_step, len(loader) * batch_size, args.pairs or 5)
             yield {"loader": name, "workers": workers, "conditions": conditions, **row}
 
 
@@ -259,48 +241,42 @@ def format_row(row: dict) -> str:
 
 
 def save(rows: list[dict], where: str, path: Path) -> None:
-    """Write the rows to a CSV and a JSON file. Raises InputError where that is not possible."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".csv"), "w") as file:
-            # Rows have different columns: one that failed has an error, and no images/s.
-            writer = csv.DictWriter(file, dict.fromkeys(chain(*rows)), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        path.with_suffix(".json").write_text(json.dumps({"where": where, "rows": rows}, indent=1))
-    except OSError as error:
-        raise InputError(f"--output_dir {path.parent}: {error.strerror}; name another folder") from None
+    """Write the rows to a CSV and a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".csv"), "w") as file:
+        # Rows have different columns: one that failed has an error, and no images/s.
+        writer = csv.DictWriter(file, dict.fromkeys(chain(*rows)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".json").write_text(json.dumps({"where": where, "rows": rows}, indent=1))
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
-    """Draw images/s against MACs, accuracy and batch size."""
+    """Draw images/s against MACs, batch size and accuracy, where that is known; no picture if all models failed."""
+    rows = [row for row in rows if "error" not in row]
+    if not rows:
+        return
     modes = dict.fromkeys(row["mode"] for row in rows)
     models = dict.fromkeys(row["model"] for row in rows)
-    rows = [row for row in rows if "error" not in row]
+    keys = [key for key in AXES if any(row[key] for row in rows)]
     # Of the rows at one x the last one is drawn: the largest image, and its best batch size.
     rows.sort(key=itemgetter("gmacs", "images_per_s"))
 
     # A line of panels per mode, and room for the legend
     figure = Figure((19, 4 * len(modes)), layout="constrained")
-    grid = figure.subplots(len(modes), len(AXES), squeeze=False)
-    for axes, (mode, key) in zip(grid.flat, product(modes, AXES), strict=True):
+    grid = figure.subplots(len(modes), len(keys), squeeze=False)
+    for axes, (mode, key) in zip(grid.flat, product(modes, keys), strict=True):
         for i, model in enumerate(models):
             points = {
                 row[key]: row["images_per_s"]
                 for row in rows
                 # its accuracy may not be known
-                if row["model"] == model and row["mode"] == mode and row[key]
+                if (row["model"], row["mode"]) == (model, mode) and row[key]
             }
-            values = sorted(points)
-            axes.plot(
-                values,
-                [points[x] for x in values],
-                label=model,
-                # colors repeat after ten models
-                marker="osD^v"[i // 10 % 5],
-            )
+            # colors repeat after ten models
+            axes.plot(*np.transpose(sorted(points.items())), label=model, marker="osD^v"[i // 10 % 5])
         axes.set(title=mode, xlabel=AXES[key], ylabel="images/s")
-        axes.grid(alpha=0.3)
+        axes.grid()
         if key == "batch_size":
             axes.set_xscale("log", base=2)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")

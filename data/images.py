@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def describe_names(names: Sequence[str]) -> str:
     return f"{', '.join(names[:5])}, …, {len(names)} in all"
 
 
-def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> tuple[list[str], dict[str, int]]:
-    """Return the classes of `root`/CLASS/ and their numbers.
+def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> dict[str, int]:
+    """Return the numbers of the classes of `root`/CLASS/ by name.
 
     `class_to_idx`, the training set's, is returned as it is, and must contain all of them. Raises InputError for a
     missing folder, one without class folders, and an unknown class.
@@ -43,18 +44,18 @@ def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> tupl
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; --data-path takes the folder that holds train/ and val/")
     try:
-        classes, numbers = folder.find_classes(root)
+        classes, found = folder.find_classes(root)
     except FileNotFoundError:
         # often a flat val/, as ImageNet's archive and Tiny-ImageNet have it
         raise InputError(f"{root}: no class folders in it; move the images to {root.name}/CLASS/") from None
     if class_to_idx is None:
-        return classes, numbers
+        return found
     for name in classes:
         if name not in class_to_idx:
             # its images could only be wrong
             known = describe_names(list(class_to_idx))
             raise InputError(f"{root / name}: not a training class ({known}); rename or remove this folder")
-    return list(class_to_idx), class_to_idx
+    return class_to_idx
 
 
 def list_images(root: Path, class_to_idx: dict[str, int]) -> tuple[list[str], list[int]]:
@@ -136,12 +137,12 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)  # 3, H, W
 
 
+@dataclass
 class EncodedImage:
     """An image file's content that is not decoded yet, and its name for error messages."""
 
-    def __init__(self, data: bytes, name: str) -> None:
-        self.data = data
-        self.name = name
+    data: bytes
+    name: str
 
     def decode(self) -> Tensor:
         """Return the pixels of `decode_rgb` as uint8 [3, H, W]; raises InputError with the image's name."""
@@ -176,20 +177,14 @@ def apply_transform(transform: Callable | None, image: Source) -> Tensor | Image
     return image if transform is None else transform(image)
 
 
+@dataclass
 class ImageFiles(Dataset):
     """Image files with their labels, which are indices of `classes`, or all -1 if `targets` is None."""
 
-    def __init__(
-        self,
-        files: Sequence[str],
-        targets: Sequence[int] | None,
-        classes: list[str],
-        transform: Callable | None,
-    ) -> None:
-        self.files = files
-        self.targets = targets
-        self.classes = classes
-        self.transform = transform
+    files: Sequence[str]
+    targets: Sequence[int] | None
+    classes: list[str]
+    transform: Callable | None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -202,22 +197,15 @@ class ImageFiles(Dataset):
         return apply_transform(self.transform, image), target
 
 
+@dataclass
 class ImageArray(Dataset):
     """Images in memory, `data` uint8 [N, H, W, 3], with their labels."""
 
+    data: np.ndarray
+    targets: Sequence[int]
+    classes: list[str]
+    transform: Callable | None
     files = None
-
-    def __init__(
-        self,
-        data: np.ndarray,
-        targets: Sequence[int],
-        classes: list[str],
-        transform: Callable | None,
-    ) -> None:
-        self.data = data
-        self.targets = targets
-        self.classes = classes
-        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.data)

@@ -1,7 +1,6 @@
 """The lists of iNaturalist 2018 and 2019 (https://github.com/visipedia/inat_comp): images and classes of a split."""
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +8,6 @@ from typing import Any
 
 from util.config import INATURALIST
 from util.errors import InputError
-
-# FOLDER/GROUP/ID/IMAGE, for example train_val2018/Aves/3210/0a1b.jpg. Names that begin with a dot would allow a list
-# to name files outside the data set's folder.
-FILE_NAME = re.compile(r"([^/.][^/]*)/([^/.][^/]*)/([0-9]{1,9})/([^/.][^/\\]*)")
 
 
 def list_file(root: Path, name: str, train: bool) -> Path:
@@ -30,22 +25,13 @@ def _name_errors(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error.strerror}; --data-path takes the folder with iNaturalist's lists") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: damaged or incomplete ({reason}); download it again") from None
+        remedy = "download all lists again, from one release"
+        raise InputError(f"{path}: damaged, incomplete or at odds with the other lists ({reason}); {remedy}") from None
 
 
 def _read(path: Path) -> Any:
     with _name_errors(path):
         return json.loads(path.read_bytes())
-
-
-def _find_class(names: dict[int, str], category_id: int, where: str) -> str:
-    """Return the class of a category. Raises InputError with `where` it was listed."""
-    if category_id not in names:
-        raise InputError(
-            f"{where} is of category {category_id!r}, but categories.json has 0 to {len(names) - 1}; "
-            "take all lists from one release"
-        )
-    return names[category_id]
 
 
 def _read_classes(path: Path, category: str) -> dict[int, str]:
@@ -81,9 +67,8 @@ def read_split(
         train_content = content if train else _read(train_path)
         with _name_errors(train_path):
             class_to_idx = {}
-            for i, annotation in enumerate(train_content["annotations"]):
-                found = _find_class(names, annotation["category_id"], f"{train_path}: annotation {i}")
-                class_to_idx.setdefault(found, len(class_to_idx))
+            for annotation in train_content["annotations"]:
+                class_to_idx.setdefault(names[annotation["category_id"]], len(class_to_idx))
 
     # label the images
     files = []
@@ -91,22 +76,12 @@ def read_split(
     targets = []
     # each in both layouts: only the first image is looked for
     with _name_errors(path):
-        for i, image in enumerate(content["images"]):
-            match = FILE_NAME.fullmatch(image["file_name"])
-            if match is None:
-                raise InputError(
-                    f"{path}: image {i} is {image['file_name']!r} instead of FOLDER/GROUP/ID/IMAGE; download it again"
-                )
-            folder, _, number, file = match.groups()
-            found = _find_class(names, int(number), f"{path}: image {i}")
-            if found not in class_to_idx:
-                raise InputError(
-                    f"{path}: image {i} is of class {found!r}, which the training set does not have; "
-                    "take both lists from one release"
-                )
-            files.append(match[0])
+        for image in content["images"]:
+            # for example train_val2018/Aves/3210/0a1b.jpg
+            folder, _, number, file = image["file_name"].split("/")
+            files.append(image["file_name"])
             files_without_group.append(f"{folder}/{number}/{file}")
-            targets.append(class_to_idx[found])
+            targets.append(class_to_idx[names[int(number)]])
 
         # The official archives have the folders of the groups, the layout of DeiT has not.
         for candidates in (files, files_without_group):

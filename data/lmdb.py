@@ -2,8 +2,8 @@
 
 The keys 0, 1, ... (8 bytes, big-endian) hold the image files, unchanged and in ImageFolder's order. `table` holds an
 Arrow file with a row per image (columns label, crc32, and path below the split's folder) and the class names in its
-metadata. `header` is JSON: format, version, count of the images, and as `table` the table's size and crc32. Version 1
-had a column `size`, and the offset of the table in the file before its size.
+metadata. `header` is JSON: format, version, and as `table` the table's size and crc32. Version 1 had a column `size`,
+and the offset of the table in the file before its size.
 
 The script published with EViT (https://github.com/youweiliang/evit) wrote another format, which is read as it is: the
 keys b"0", b"1", ..., b"__len__" hold 16 bytes of header and then an Arrow stream with one column of one row, which is
@@ -11,7 +11,6 @@ the pair (image file, label) or the number of images. It has neither class names
 """
 
 import json
-import mmap
 import os
 import zlib
 from collections.abc import Sequence
@@ -133,12 +132,6 @@ class ImageDatabase:
         path = f" ({self.paths[index]})" if self.paths else ""
         return f"{self.path}: image {index}{path}"
 
-    def check_table(self) -> None:
-        """Read the classes and all labels and paths. Raises InputError if they are damaged."""
-        # The published format has no checksums.
-        if self.labels is not None and zlib.crc32(self._table) != self._table_crc32:
-            raise self._error("damaged labels and paths")
-
     def _error(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}; {rebuild_hint(self.path)}")
 
@@ -167,11 +160,13 @@ class ImageDatabase:
     def _open_table(self, header: dict) -> None:
         if header["version"] > VERSION:
             raise self._error(f"of format {header['format']} {header['version']}: update this program")
-        # Version 1 has the table's offset too.
-        *_, size, self._table_crc32 = header["table"]
-        self._table = self._map_table(size)
-        # It was written as one batch.
-        table = pa.ipc.open_file(self._table).get_batch(0)
+        # Version 1 has the table's offset and size too
+        *_, crc32 = header["table"]
+        content = self._get(TABLE)
+        if zlib.crc32(content) != crc32:
+            raise self._error("damaged labels and paths")
+        # It was written as one batch
+        table = pa.ipc.open_file(content).get_batch(0)
         self._length = table.num_rows
         self.classes = json.loads(table.schema.metadata[b"classes"])
         self.has_class_names = json.loads(table.schema.metadata[b"named"])
@@ -180,18 +175,6 @@ class ImageDatabase:
         # Version 1 could be converted from the published format, and then has no paths.
         if not table["path"].null_count:
             self.paths = ImagePaths(table["path"])
-
-    def _map_table(self, size: int) -> pa.Buffer:
-        """Return the table, unread and in a map of its own: LMDB's vanishes when a forked process closes it."""
-        # A small one can be anywhere in the file.
-        if size < 1 << 16:
-            return pa.py_buffer(self._get(TABLE))
-        with open(self.path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # It was written after the images, and Arrow files end in their magic number. LMDB would read all of it.
-        magic = b"ARROW1"
-        end = mapped.rfind(magic) + len(magic)
-        return pa.py_buffer(mapped)[end - size : end]
 
     def _decode_published(self, key: bytes) -> int | list:
         # behind 16 bytes of header

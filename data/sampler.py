@@ -5,6 +5,7 @@ So any number of loader workers, and a run that was resumed in the middle of an 
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -16,10 +17,8 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 # augmentations of each image under --repeated-aug
 REPEATS = 3
 
-# index of the image, epoch, position in the epoch
-Key = tuple[int, int, int]
 
-
+@dataclass
 class EpochSampler(Sampler):
     """Yield (index, epoch, position) of this process's share of an epoch.
 
@@ -27,30 +26,24 @@ class EpochSampler(Sampler):
     counted over all processes.
     """
 
-    def __init__(
-        self,
-        n: int,
-        repeated_aug: bool,
-        seed: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.n = n
-        self.repeated_aug = repeated_aug
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        if repeated_aug:
+    n: int
+    repeated_aug: bool
+    seed: int
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        if self.repeated_aug:
             # Below 256 images DeiT's rounding selects none and timm a third of them. We take all.
             self.order = RepeatAugSampler(
-                range(n),
-                world,
-                rank,
+                range(self.n),
+                self.world,
+                self.rank,
                 num_repeats=REPEATS,
-                selected_ratio=world / REPEATS if n < 256 else 0,
+                selected_ratio=self.world / REPEATS if self.n < 256 else 0,
             )
         else:
-            self.order = DistributedSampler(range(n), world, rank)
+            self.order = DistributedSampler(range(self.n), self.world, self.rank)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -64,7 +57,7 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[tuple]:
         for i, index in islice(enumerate(self.order), self.start, None):
             yield index, self.epoch, self.rank + i * self.world
 
@@ -77,20 +70,17 @@ class EpochSampler(Sampler):
         return min(self.n, shown)
 
 
+@dataclass
 class SeededDataset(Dataset):
     """A data set that takes the keys of `EpochSampler` and seeds each sample's augmentation from them."""
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+    dataset: Dataset
+    seed: int
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, keys: Sequence[tuple]) -> list[tuple[Tensor, int]]:
         """Return a batch of samples (the loader calls this), with the global random streams as they were before."""
         # without workers these are the streams of mixup, dropout and random erasing
         python_state = random.getstate()

@@ -113,9 +113,6 @@ class FastTransform:
         self.last_data = None  # an empty file has b"", which is no image
         self.last_pixels = torch.empty(0)
 
-    def __repr__(self) -> str:
-        return f"FastTransform({self.reference})"
-
     def __call__(self, image: Source) -> Tensor:
         pixels = self._decode(image)
         for step in self.tensor_steps:

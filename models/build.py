@@ -11,15 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from util.command import parse_block_numbers
-from util.config import DataConfig, ModelConfig, find_cfg, is_native_size, resolve_input_size
+from util.config import DataConfig, ModelConfig, describe_size, find_cfg, is_native_size, resolve_input_size
 from util.distributed import print0
 from util.errors import InputError
-from util.weights import first_line, get_weights, load, load_matching, load_weights, resample_pos_embed, saved_flags
+from util.weights import (
+    classifier_names,
+    first_line,
+    get_weights,
+    load,
+    load_matching,
+    load_weights,
+    resample_pos_embed,
+    saved_flags,
+)
 
 DEFAULT_DROP_PATH = 0.1  # of --drop-path, which models without stochastic depth may ignore
 EVIT_KWARGS = ("base_keep_rate", "fuse_token", "drop_loc")
-LARGEST_SIDE = 4096  # pixels that a file is believed
-FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}  # of timm
 
 
 @dataclass
@@ -55,20 +62,19 @@ def build_model(config: ModelConfig, flag: str = "--model", grad_checkpointing: 
         if grad_checkpointing:
             model.set_grad_checkpointing()
     except Exception as error:  # of any kind: models raise what they like on wrong arguments
-        height, width = config.input_size
         raise InputError(
-            f"{flag} {config.name} at {height}x{width} pixels with {config.kwargs}: {first_line(error)}; change "
-            "--input-size, --model-kwargs, --drop, --drop-path or --grad-checkpointing"
+            f"{flag} {config.name} at {describe_size(config.input_size)} pixels with {config.kwargs}: "
+            f"{first_line(error)}; change --input-size, --model-kwargs, --drop, --drop-path or --grad-checkpointing"
         ) from None
     return model
 
 
-def count_classes(name: str, weights: Mapping[str, Any]) -> int | None:
+def count_classes(name: str, weights: Mapping[str, Tensor]) -> int | None:
     """Return the number of rows of the classifier among a model's weights, None where it is not there."""
-    classifier = find_cfg(name).classifier or ""
-    classifier = classifier if isinstance(classifier, str) else classifier[0]
-    head = weights.get(f"{classifier}.weight")
-    return len(head) if isinstance(head, Tensor) and head.ndim else None
+    for module in classifier_names(find_cfg(name).to_dict()):
+        if f"{module}.weight" in weights:
+            return len(weights[f"{module}.weight"])
+    return None
 
 
 def load_trained(
@@ -88,8 +94,8 @@ def load_trained(
     """
     saved = load(path)
     weights = get_weights(saved, path, use_ema)
-    trained = describe_model(saved, path)
-    data = describe_data(saved)
+    trained = read_model_fields(saved, path)
+    data = read_data_config(saved)
 
     # What the file says, and what is to be different
     evit = {name: overrides.pop(name) for name in EVIT_KWARGS if name in overrides}
@@ -98,16 +104,13 @@ def load_trained(
     values.setdefault("name", default_name)
     if values["name"] is None:
         raise InputError(f"{path}: does not say which model it is of; add --model NAME")
-    if not values["name"].endswith("_shrink_base"):
-        # an EViT's weights in a plain ViT
-        kwargs = {name: value for name, value in kwargs.items() if name not in EVIT_KWARGS}
     values["kwargs"] = kwargs
     values["input_size"] = resolve_input_size(values["name"], values.get("input_size"))
-    classes = saved_classes(saved)
+    classes = get_classes(saved)
     if values.get("num_classes") is None:
         values["num_classes"] = len(classes or ()) or count_classes(values["name"], weights)
     config = ModelConfig(**values)
-    if data is not None and is_native_size(data.name, config.input_size):
+    if data is not None and "crop_ratio" not in overrides and is_native_size(data.name, config.input_size):
         # its images were neither resized nor cropped
         config = replace(config, crop_ratio=1.0)
 
@@ -124,16 +127,16 @@ def load_trained(
 
 def print_differences(trained: Mapping[str, Any], config: ModelConfig, path: str | Path) -> None:
     """Print where a model is used in another way than it was trained."""
-    height, width = trained.get("input_size", config.input_size)
-    if (height, width) != config.input_size:
-        print0(f"{path}: trained at {height}x{width}, evaluating at {config.input_size[0]}x{config.input_size[1]}")
+    size = trained.get("input_size", config.input_size)
+    if size != config.input_size:
+        print0(f"{path}: trained at {describe_size(size)}, evaluating at {describe_size(config.input_size)}")
     for name, value in config.kwargs.items():
         before = trained.get("kwargs", {}).get(name, value)
         if before != value:
             print0(f"{path}: trained with {name} {before}, evaluating with {value}")
 
 
-def describe_model(saved: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+def read_model_fields(saved: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the fields of ModelConfig that a file holds, whichever program wrote it.
 
     A file is not believed beyond types and ranges. Raises InputError.
@@ -154,18 +157,18 @@ def describe_model(saved: Mapping[str, Any], path: str | Path) -> dict[str, Any]
                 "std": cfg["std"],
             }
         elif "model" in flags:
-            values = describe_flags(flags)
+            values = fields_from_flags(flags)
         else:
             return {}
         if isinstance(saved.get("keep_rate"), float) and "base_keep_rate" in values["kwargs"]:
             # an epoch is evaluated at the rate that was reached
             values["kwargs"] = {**values["kwargs"], "base_keep_rate": saved["keep_rate"]}
-        return check_fields(values)
+        return validate_fields(values)
     except (LookupError, TypeError, ValueError, AttributeError, ArgumentTypeError) as error:
         raise InputError(f"{path}: what it says of its model is damaged ({first_line(error)}); use another") from None
 
 
-def describe_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of ModelConfig from the flags of a run, this program's or the published one's."""
     size = flags.get("input_size")
     size = [size] if isinstance(size, int) else size
@@ -184,25 +187,23 @@ def describe_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_fields(values: dict[str, Any]) -> dict[str, Any]:
+def validate_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return fields of ModelConfig with their types. Raises ValueError or TypeError where they cannot be meant."""
-    height, width = values["input_size"]
-    if not 0 < int(height) <= LARGEST_SIDE or not 0 < int(width) <= LARGEST_SIDE:
-        raise ValueError(f"an input size of {height}x{width}")
+    height, width = map(int, values["input_size"])
     crop_ratio = float(values["crop_ratio"])
-    if not crop_ratio > 0:
-        raise ValueError(f"a crop ratio of {crop_ratio}")
+    if min(height, width, crop_ratio) <= 0:
+        raise ValueError(f"an input size of {height}x{width} or a crop ratio of {crop_ratio}")
     return {
         **values,
         "name": str(values["name"]),
-        "input_size": (int(height), int(width)),
-        # a file must not make timm download anything
-        "kwargs": {str(name): value for name, value in values["kwargs"].items() if name not in FETCHING},
+        "input_size": (height, width),
+        # the weights are in the file
+        "kwargs": {name: value for name, value in values["kwargs"].items() if name != "pretrained"},
         "crop_ratio": min(1.0, crop_ratio),
     }
 
 
-def describe_data(saved: Mapping[str, Any]) -> DataConfig | None:
+def read_data_config(saved: Mapping[str, Any]) -> DataConfig | None:
     """Return the data set that a checkpoint was trained on, None where it does not say."""
     flags = saved_flags(saved)
     values = saved.get("data") or {
@@ -211,43 +212,36 @@ def describe_data(saved: Mapping[str, Any]) -> DataConfig | None:
         "lmdb": flags.get("use_lmdb", False),
         "inat_category": flags.get("inat_category", "name"),
     }
-    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+    if not values["name"]:
         return None
-    kinds = {"name": str, "root": str, "lmdb": bool, "inat_category": str}
-    return DataConfig(**{name: values[name] for name, kind in kinds.items() if isinstance(values.get(name), kind)})
+    return DataConfig(**{name: values[name] for name in ("name", "root", "lmdb", "inat_category")})
 
 
-def saved_classes(saved: Mapping[str, Any]) -> list[str] | None:
+def get_classes(saved: Mapping[str, Any]) -> list[str] | None:
     """Return the names of a checkpoint's classes by index, None where it does not hold them."""
-    classes = saved.get("classes") or (saved.get("hf_config") or {}).get("label_names")
-    if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
-        return classes
-    return None
+    return saved.get("classes") or saved.get("hf_config", {}).get("label_names")
 
 
-def load_finetuned(model: nn.Module, path: str, use_ema: bool) -> None:
+def init_from_checkpoint(model: nn.Module, path: str, use_ema: bool) -> None:
     """Start a model from the weights of a file, as far as they match. Raises InputError where few do."""
     saved = load(path)
-    input_size = describe_model(saved, path).get("input_size")
+    input_size = read_model_fields(saved, path).get("input_size")
     load_matching(model, get_weights(saved, path, use_ema), path, input_size)
 
 
-def load_teacher(path: str, student: ModelConfig, name: str, is_given: bool) -> TrainedModel:
+def load_teacher(path: str, student: ModelConfig, default_name: str, name: str | None = None) -> TrainedModel:
     """Return the teacher of distillation for the student's images. Raises InputError where it does not fit.
 
-    `name` is its model where its file does not say it, and in any case if it `is_given`. The random stream stays as it
-    is: the student starts from the weights that it would have without a teacher.
+    It is the model that its file says, unless `name` is given, and `default_name` where its file does not say it. The
+    random stream stays as it is: the student starts from the weights that it would have without a teacher.
     """
-    overrides = {"input_size": student.input_size}
-    if is_given:
-        overrides["name"] = name
-    if name.endswith("_shrink_base"):
-        overrides["base_keep_rate"] = 1.0  # an EViT teaches with all its tokens
+    overrides = {} if name is None else {"name": name}
     with torch.random.fork_rng(devices=[]):
         return load_trained(
             path,
-            default_name=name,
+            default_name=default_name,
             remedy="give the --teacher-model it is of",
+            input_size=student.input_size,
             **overrides,
         )
 
@@ -262,9 +256,8 @@ def check_teacher(teacher: TrainedModel, student: nn.Module, classes: Sequence[s
             f"{student.num_classes}; give one that was trained on these classes"
         )
     if not hasattr(student, "set_distilled_training"):
-        names = ", ".join(timm.list_models("deit*distilled*")[:3])
         name = student.pretrained_cfg["architecture"]
-        raise InputError(f"--model {name} has no distillation head; choose one that has, for example {names}")
+        raise InputError(f"--model {name} has no distillation head; deit_tiny_distilled_patch16_224 has, for example")
 
 
 def check_classes(source: str, saved: Sequence[str] | None, classes: Sequence[str]) -> None:

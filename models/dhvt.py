@@ -7,6 +7,7 @@ Only what differs from a ViT is here: SOPE (patch embedding), HI-MHSA (attention
 modules and parameters, and their order, are those of the published code, so that its checkpoints load.
 
 Shape comments: B images, N tokens (class token first), C channels, h heads, d = C / h, H x W patches.
+`dd` is the device and dtype of new parameters, as in timm.
 """
 
 import math
@@ -26,8 +27,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 __all__ = ["DHVT"]
 
 
-class InplaceGELU(nn.Module):
-    """GELU that overwrites its input unless gradients are wanted: a new feature map costs page faults on a CPU."""
+class GELU(nn.Module):
+    """GELU that overwrites its input where no gradients are wanted: a new feature map costs page faults on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
@@ -52,7 +53,8 @@ class SOPE(PatchEmbed):
     ceil(s / patch_size) patches.
     """
 
-    # timm's name for sides that are padded to whole patches, which the convolutions do: the grid is rounded up
+    # timm's name for sides that are padded to whole patches, which the convolutions do: the grid is rounded up. It is
+    # set here too, since timm's constructor computes the grid before it sets its own.
     dynamic_img_pad = True
 
     def __init__(
@@ -65,7 +67,6 @@ class SOPE(PatchEmbed):
     ) -> None:
         if patch_size not in (2, 4, 16):
             raise ValueError(f"SOPE has patch sizes 2, 4 and 16, not {patch_size}")
-        # timm's constructor sets it again
         kwargs["dynamic_img_pad"] = True
         super().__init__(img_size, patch_size, in_chans, embed_dim, **kwargs)
         dd = get_device_dtype(self)
@@ -75,8 +76,8 @@ class SOPE(PatchEmbed):
         for dim, out_dim in pairwise([in_chans, *dims]):
             conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False, **dd)
             layers.append(nn.Sequential(conv, nn.BatchNorm2d(out_dim, **dd)))
-            layers.append(nn.GELU())
-        # GELU between the convolutions, and after one that is alone
+            layers.append(GELU())
+        # GELU between the convolutions, and after one that is alone; this replaces timm's single convolution
         self.proj = nn.Sequential(*layers[: max(2, len(layers) - 1)])
         self.pre_affine = Affine(in_chans, **dd)
         self.post_affine = Affine(embed_dim, **dd)
@@ -91,8 +92,6 @@ class SOPE(PatchEmbed):
         for i, layer in enumerate(self.proj):
             if isinstance(layer, nn.Sequential):
                 self.proj[i] = fuse_conv_bn_eval(*layer)
-            elif isinstance(layer, nn.GELU):
-                self.proj[i] = InplaceGELU()
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
@@ -112,7 +111,8 @@ class HeadInteractedAttention(Attention):
     def __init__(self, dim: int, num_heads: int = 8, proj_drop: float = 0.0, **kwargs) -> None:
         super().__init__(dim, num_heads, **kwargs)
         dd = get_device_dtype(self)
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_heads, dim, **dd))
+        # head embedding, by the published name
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_heads, dim, **dd))  # 1, h, C
         self.ht_proj = nn.Linear(self.head_dim, dim, **dd)
         self.ht_norm = nn.LayerNorm(self.head_dim, **dd)
         self.out_drop = nn.Dropout(proj_drop)
@@ -131,16 +131,8 @@ class HeadInteractedAttention(Attention):
         # head embedding, and concatenation
         return torch.cat([x, t + self.pos_embed], dim=1)  # B, N+h, C
 
-    def class_attention(self, x: Tensor) -> Tensor:
-        """Return the class token's attention to all tokens, the head tokens last: [B, N, C] -> [B, h, N+h]."""
-        qkv = self.qkv(self.append_head_tokens(x)).unflatten(2, (3, self.num_heads, -1))  # B, N+h, 3, h, d
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B, h, N+h, d
-        q = self.q_norm(q[:, :, :1]) * self.scale  # B, h, 1, d
-        attn = q @ self.k_norm(k).transpose(2, 3)  # B, h, 1, N+h
-        return attn.softmax(dim=-1).squeeze(2)
-
     def forward(self, x: Tensor, attn_mask=None, is_causal=False) -> Tensor:
-        # timm's block passes a mask, DHVTBlock takes none
+        # the last two arguments are accepted for timm's block, and unused
         N = x.shape[1]
         # vanilla multi-head self-attention of all tokens, head tokens included
         x = super().forward(self.append_head_tokens(x))  # B, N+h, C
@@ -186,8 +178,6 @@ class DAFF(nn.Module):
         self.conv2 = fuse_conv_bn_eval(self.conv2, self.bn2)
         self.conv3 = fuse_conv_bn_eval(self.conv3, self.bn3)
         self.bn1 = self.bn2 = self.bn3 = nn.Identity()
-        if isinstance(self.act, nn.GELU):
-            self.act = InplaceGELU()
 
     def forward(self, x: Tensor) -> Tensor:
         # split into class token and patch tokens; a view of these is a channels-last feature map
@@ -207,7 +197,7 @@ class DAFF(nn.Module):
 
 @contextmanager
 def restored_buffers(module: nn.Module) -> Iterator[None]:
-    """Put a module's buffers back at the end: running statistics have seen a batch that is computed again."""
+    """Restore a module's buffers at the end: recomputed activations must not update running statistics twice."""
     before = [buffer.clone() for buffer in module.buffers()]
     try:
         yield
@@ -217,7 +207,7 @@ def restored_buffers(module: nn.Module) -> Iterator[None]:
 
 
 class DHVTBlock(Block):
-    """timm's block, which checkpoints itself so that batch norms see a batch once."""
+    """timm's block, with gradient checkpointing that updates the running statistics of batch norms once."""
 
     grad_checkpointing = False
 
@@ -234,9 +224,10 @@ class DHVT(VisionTransformer):
     The input size is fixed by `img_size` (a number, or height and width) until `set_input_size`.
     """
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, act_layer: type[nn.Module] = GELU, **kwargs) -> None:
         super().__init__(
             **kwargs,
+            act_layer=act_layer,
             class_token=True,
             reg_tokens=0,
             pos_embed="none",
@@ -266,19 +257,9 @@ class DHVT(VisionTransformer):
     def no_weight_decay(self) -> set[str]:
         return {"cls_token"}
 
-    # without the masks of timm's, which FX would take for given
+    # without timm's argument attn_mask, so that FX can trace the forward pass
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def filter_state_dict(state_dict: dict, model: nn.Module) -> dict:
-    """Adapt SOPE's first affine map to other input channels; timm adapts the first convolution."""
-    out = {}
-    for name, value in state_dict.items():
-        if "pre_affine" in name and value.shape[1] != model.in_chans:
-            value = value.mean(dim=1, keepdim=True).expand(-1, model.in_chans, -1, -1)
-        out[name] = value
-    return out
 
 
 def _cfg(**kwargs) -> dict:
@@ -292,7 +273,7 @@ def _cfg(**kwargs) -> dict:
     }
 
 
-# no weights were ever published
+# timm reads these; no weights were ever published
 default_cfgs = generate_default_cfgs(
     {
         "dhvt_tiny_cifar_patch4": _cfg(num_classes=100, input_size=(3, 32, 32)),
@@ -312,7 +293,6 @@ def _create_dhvt(variant: str, pretrained: bool, kwargs: dict, **model_args) -> 
         DHVT,
         variant,
         pretrained,
-        pretrained_filter_fn=filter_state_dict,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **dict(model_args, **kwargs),
     )

@@ -256,11 +256,9 @@ class EViT(VisionTransformer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-        attn_mask: None = None,
         keep_rate: float | None = None,
     ) -> list | tuple | dict:
         """As timm's, with whole grids: kept tokens at their patches' places, zeros where a patch was dropped."""
-        assert attn_mask is None, "EViT's tokens change their number and places: it takes no mask"
         assert output_fmt in ("NCHW", "NLC"), f"output_fmt {output_fmt} must be NCHW or NLC"
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         H, W = self.patch_embed.dynamic_feat_size(x.shape[2:])
@@ -291,7 +289,7 @@ class EViT(VisionTransformer):
 
 
 def scatter_tokens(tokens: Tensor, places: Tensor, num_patches: int) -> Tensor:
-    """Put tokens [B, k, C] at their places [B, k] among the patches: [B, P, C], zero where there is none."""
+    """Return tokens [B, k, C] at their places [B, k] among the patches: [B, P, C], zero where there is none."""
     B, _, C = tokens.shape
     # fused tokens, whose places are P and more, go to a row that is cut off
     rows = places.clamp(max=num_patches).unsqueeze(2).expand(-1, -1, C)  # B, k, C

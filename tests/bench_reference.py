@@ -125,8 +125,8 @@ def copy_rate(device: torch.device) -> float:
     """Return the best rate of copies within the device's memory, in GB/s read and written."""
     source = torch.ones((64 if device.type == "cpu" else 1024) << 20, dtype=torch.uint8, device=device)
     target = source.clone()
-    times = [engine.time_calls(lambda: target.copy_(source), 1, device) for _ in range(20)]
-    return 2 * len(source) / 1e9 / min(times)
+    measured = engine.make_timer(lambda: target.copy_(source)).blocked_autorange()
+    return 2 * len(source) / 1e9 / min(measured.times)
 
 
 def peak_memory(step: Callable[[], None], device: torch.device) -> float:
@@ -161,8 +161,8 @@ def compare(name: str, args: argparse.Namespace, device: torch.device) -> dict:
         train = mode == "train"
         step = engine.make_step(ours, size, batch_size, precision, train, args.compile)
         plain_step = engine.make_step(plain, size, batch_size, reference_precision, train, False)
-        result = engine.compare_steps(step, plain_step, batch_size, device, args.pairs)
-        share = 100 * gmacs * (engine.TRAIN_PASSES if train else 1) / row["matrix_gmacs_per_s"]
+        result = engine.compare_steps(step, plain_step, batch_size, args.pairs)
+        share = 100 * gmacs * (engine.TRAIN_STEP_MACS if train else 1) / row["matrix_gmacs_per_s"]
         result["share"] = share * result["images_per_s"]
         result["plain_share"] = share * result["baseline_images_per_s"]
         if not train:
@@ -172,31 +172,6 @@ def compare(name: str, args: argparse.Namespace, device: torch.device) -> dict:
             result["peak_memory_ratio"] = peak_memory(step, device) / peak_memory(plain_step, device)
         row[mode] = result
     return row
-
-
-def describe(row: dict) -> str:
-    lines = [f"{row['model']}, batch {row['batch']}, {row['precision']}{', compiled' if row['compiled'] else ''}"]
-    for mode in ("inference", "train"):
-        if mode not in row:
-            continue
-        result = row[mode]
-        text = (
-            f"  {mode:<10} {result['ratio']:.3f} times (quartiles {result['ratio_q1']:.3f} to "
-            f"{result['ratio_q3']:.3f}), {result['images_per_s']:.1f} and {result['baseline_images_per_s']:.1f} "
-            f"images/s, {result['share']:.0f} and {result['plain_share']:.0f} % of "
-            f"{row['matrix_gmacs_per_s']:.0f} GMAC/s in matrix products"
-        )
-        if "share_of_copy" in result:
-            text += f"; unfused, {result['share_of_copy']:.0f} % of copies"
-        if "peak_memory_ratio" in result:
-            text += f"; peak memory {result['peak_memory_ratio']:.3f}"
-        lines.append(text)
-    kept = row["saved_bytes"]
-    lines.append(
-        f"  kept for backward, eager: {kept['ours_mib']:.0f} of {kept['plain_mib']:.0f} MiB, {kept['ratio']:.3f}"
-    )
-    lines.append(f"  differences: outputs {row['output_difference']:.1e}, gradients {row['gradient_difference']:.1e}")
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name in args.model:
         rows.append(compare(name, args, device))
-        print(describe(rows[-1]), flush=True)
+        print(json.dumps(rows[-1], indent=1), flush=True)
         torch._dynamo.reset()
     middle = statistics.median(row[mode]["ratio"] for row in rows for mode in args.mode)
     print(f"median of all {len(rows) * len(args.mode)} ratios {middle:.3f}")

@@ -5,7 +5,8 @@ and nothing is ever run in the parent, so that the processes of a run cost no st
 """
 
 import functools
-import io
+import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import matplotlib.figure
 import timm
 import torch
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.datasets import folder
 
 import main
@@ -36,8 +37,8 @@ MOMENTS: dict[str, tuple[object, str, str]] = {
     "start: data": (folder, "make_dataset", "before"),
     "start: model": (timm, "create_model", "before"),
     "start: args.json": (json, "dumps", "before"),
-    "update: before it": (torch.optim.Optimizer, "step", "before"),
-    "update: made": (torch.optim.Optimizer, "step", "after"),
+    "update: before it": (torch.optim.AdamW, "step", "before"),
+    "update: made": (torch.optim.AdamW, "step", "after"),
     "save: a file is half written": (torch, "save", "before"),
     "save: written": (torch, "save", "after"),
     "save: linked": (os, "link", "after"),
@@ -48,33 +49,25 @@ MOMENTS: dict[str, tuple[object, str, str]] = {
     "epoch's end: curves": (matplotlib.figure.Figure, "savefig", "before"),
 }
 # What a command may have besides flags, out and ranks, see `Runner.__call__`
-DEFAULTS = {"kill": None, "env": None, "seconds": 120, "grace": 60, "largest": None, "start_method": None}
+DEFAULTS = {"call": "main:main", "kill": None, "env": None, "seconds": 120, "grace": 60, "largest": None}
+DEFAULTS |= {"start_method": None}
 
 
 def arm(moment: str, count: int, strike: Callable[[], None]) -> None:
     """Call `strike` in this process at the `count`th time that the moment comes."""
     owner, name, when = MOMENTS[moment]
-    left = count
-
-    def comes() -> bool:
-        nonlocal left
-        left -= 1
-        return left == 0
-
-    if name == "step":
-        register = register_optimizer_step_pre_hook if when == "before" else register_optimizer_step_post_hook
-        register(lambda *_: strike() if comes() else None)
-        return
     original = getattr(owner, name)
+    times = itertools.count(1)
 
     @functools.wraps(original)
     def wrapped(*args, **kwargs):
         # the criterion calls cross_entropy too, with another reduction
         counts = owner is not F or kwargs.get("reduction") == "none"
-        now = counts and comes()
+        now = counts and next(times) == count
         if now and when == "before":
             if owner is torch:
-                write_half(original, *args)
+                args[1].write(b"PK\x03\x04 and no more")
+                args[1].flush()
             strike()
             # it was no SIGKILL
             if owner is torch:
@@ -88,23 +81,10 @@ def arm(moment: str, count: int, strike: Callable[[], None]) -> None:
     setattr(owner, name, wrapped)
 
 
-def write_half(save: Callable, content: dict, file: io.BufferedWriter) -> None:
-    whole = io.BytesIO()
-    save(content, whole)
-    file.write(whole.getvalue()[: whole.tell() // 2])
-    file.flush()
-
-
 def record(out: Path) -> None:
     """Write how many updates are made to updates.txt."""
-    made = 0
-
-    def count(*_: object) -> None:
-        nonlocal made
-        made += 1
-        (out / "updates.txt").write_text(str(made))
-
-    register_optimizer_step_post_hook(count)
+    made = itertools.count(1)
+    register_optimizer_step_post_hook(lambda *_: (out / "updates.txt").write_text(str(next(made))))
 
 
 def prepare(rank: int, command: dict, port: int) -> None:
@@ -146,7 +126,8 @@ def run_rank(rank: int, command: dict, port: int) -> None:
 
         if kill and kill["rank"] == rank:
             arm(kill["moment"], kill["count"], strike)
-        status = main.main(command["flags"])
+        module, _, name = command["call"].partition(":")
+        status = getattr(importlib.import_module(module), name)(command["flags"])
     finally:
         sys.stdout.flush()
         os._exit(status)
@@ -222,10 +203,10 @@ class Runner:
     def __call__(self, flags: list[str], out: Path, ranks: int = 1, **more: Any) -> dict[str, Any]:
         """Run main.py with `flags` in `ranks` processes, which print to the folder `out`.
 
-        More may be `kill`, a dict of rank, moment (of MOMENTS), count (which time it comes) and signal; `env`, the
-        launcher's variables for each rank, by default torchrun's; `seconds`, the limit for all of them, and `grace`,
-        that for the others after one has ended; `largest`, the size in bytes that a file may have; and `start_method`,
-        that of loader workers.
+        More may be `call`, "module:function" in place of main.main; `kill`, a dict of rank, moment (of MOMENTS), count
+        (which time it comes) and signal; `env`, the launcher's variables for each rank, by default torchrun's;
+        `seconds`, the limit for all of them, and `grace`, that for the others after one has ended; `largest`, the size
+        in bytes that a file may have; and `start_method`, that of loader workers.
 
         Returns each rank's `status` (negative: the signal that ended it; "hung" beyond the limit), `out` and `err` as
         printed, whether the kill was `reached`, how many `updates` rank 0 made, and how many `orphans` outlived

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pickle
-import re
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -51,10 +50,8 @@ def write_cifar(monkeypatch) -> Callable[[str, Path], tuple[Split, Split]]:
             pixels = rng.integers(0, 256, (len(files), 8, 3, 32, 32), dtype=np.uint8)
             labels = rng.integers(0, len(NAMES[name]), (len(files), 8)).tolist()
             key = "fine_labels" if name == "CIFAR" else "labels"
-            sums = [
-                write_file(file, {"data": pixels[i].reshape(8, -1), key: labels[i]}) for i, file in enumerate(files)
-            ]
-            monkeypatch.setattr(cifar, attribute, sums)
+            contents = [{"data": pixels[i].reshape(8, -1), key: labels[i]} for i in range(len(files))]
+            monkeypatch.setattr(cifar, attribute, list(map(write_file, files, contents)))
             return pixels.transpose(0, 1, 3, 4, 2).reshape(-1, 32, 32, 3), sum(labels, [])
 
         train = write_split([file for file, _ in cifar.train_list], "train_list")
@@ -77,44 +74,19 @@ def test_cifar_is_one_array_of_the_files_pixels_and_labels(write_cifar, tmp_path
         assert (np.asarray(image) == pixels[5]).all() and target == labels[5]
 
 
-def test_cifar_trains_and_evaluates(write_cifar, tiny_flags, tmp_path, capsys):
-    write_cifar("CIFAR", tmp_path / "data")
-    flags = [*tiny_flags, "--data-set", "CIFAR", "--data-path", str(tmp_path / "data"), "--batch-size", "8"]
-    assert main.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
-    saved = torch.load(tmp_path / "out" / "checkpoint.pth")
-    assert saved["classes"] == NAMES["CIFAR"] and len(saved["model"]["head.weight"]) == 100
-    log = json.loads((tmp_path / "out" / "log.txt").read_text())
-    capsys.readouterr()
-    assert main.main([*flags, "--eval", "--resume", str(tmp_path / "out" / "checkpoint.pth")]) == 0
-    out = capsys.readouterr().out
-    assert float(re.search(r"Acc@1 ([\d.]+)", out)[1]) == pytest.approx(log["test_acc1"], abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("side", "train_steps"),
-    [
-        (32, ["RandomCrop", "RandomHorizontalFlip", "RandAugment"]),
-        (48, ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment"]),
-    ],
-)
-def test_cifar_is_cropped_and_resized_except_at_32_pixels(write_cifar, tmp_path, side, train_steps):
+@pytest.mark.parametrize(("side", "crop"), [(32, "RandomCrop"), (48, "RandomResizedCropAndInterpolation")])
+def test_cifar_is_cropped_and_resized_except_at_32_pixels(write_cifar, tmp_path, side, crop):
     _, (pixels, _) = write_cifar("CIFAR", tmp_path)
     config = ModelConfig("", input_size=(side, side))
     data = DataConfig("CIFAR", str(tmp_path))
     train = datasets.build_train_set(data, config, AugmentConfig())
-    assert [type(step).__name__ for step in train.transform.reference.transforms][:3] == train_steps
-    assert train[0][0].shape == (3, side, side)
+    assert type(train.transform.reference.transforms[0]).__name__ == crop
+    assert train[0][0].shape == (3, side, side) and train.classes == NAMES["CIFAR"]
     expected = Image.fromarray(pixels[2])
     if side != 32:
-        whole = expected.resize([int(side / 0.875)] * 2, Image.Resampling.BICUBIC)
-        expected = center_crop(whole, side)
+        expected = center_crop(expected.resize([int(side / 0.875)] * 2, Image.Resampling.BICUBIC), side)
     found = datasets.build_val_set(data, config)[2][0]
     assert (found.permute(1, 2, 0).numpy() == np.asarray(expected)).all()
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *args) -> None:
-        """Print nothing."""
 
 
 @pytest.fixture
@@ -125,7 +97,7 @@ def far(monkeypatch, write_cifar, tmp_path) -> Iterator[Path]:
     archive = folder / "far.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder / TEN.base_folder, TEN.base_folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(TEN, "url", f"http://127.0.0.1:{server.server_port}/far.tar.gz")
         monkeypatch.setattr(TEN, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
@@ -149,26 +121,21 @@ def test_cifar_is_downloaded_on_first_use_and_an_archive_in_place_is_taken(far, 
     assert load_ten(root, train=False) == 8  # from the archive that was kept
 
 
-def test_only_rank_0_downloads_and_the_others_learn_how_it_went(monkeypatch, far, tmp_path):
+def test_the_others_wait_until_rank_0_has_downloaded(monkeypatch, far, tmp_path):
     root = tmp_path / "here"
-    monkeypatch.setattr(distributed, "is_primary", lambda: False)
-    monkeypatch.setattr(distributed, "broadcast_object", lambda value: "rank 0's problem")
-    with pytest.raises(InputError, match="rank 0's problem"):
-        load_ten(root)
-    monkeypatch.setattr(distributed, "broadcast_object", lambda value: None)
-    with pytest.raises(InputError, match=r"here/cifar-10-python\.tar\.gz: .*this machine does not.*; put http:"):
-        load_ten(root)
-    assert not root.exists()
+    waited = []
 
     def finish_rank_0(value: object) -> None:
+        waited.append(root.exists())
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "is_primary", lambda: True)
             patch.setattr(distributed, "broadcast_object", lambda value: value)
             load_ten(root)
 
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     # the broadcast returns when rank 0 is done
     monkeypatch.setattr(distributed, "broadcast_object", finish_rank_0)
-    assert load_ten(root) == 40
+    assert load_ten(root) == 40 and waited == [False]
 
 
 @pytest.mark.parametrize("damaged", ["data_batch_2", "batches.meta", "far.tar.gz", "nothing"])
@@ -188,10 +155,10 @@ def test_a_damaged_or_unreachable_cifar_says_what_to_put_where(far, tmp_path, da
 # iNaturalist
 
 CATEGORIES = [
-    {"kingdom": "Animalia", "class": "Aves", "supercategory": "Birds", "name": "Parus major"},
-    {"kingdom": "Animalia", "class": "Insecta", "supercategory": "Insects", "name": "Pieris"},
-    {"kingdom": "Plantae", "class": "Magnoliopsida", "supercategory": "Plants", "name": "Rosa"},
-    {"kingdom": "Animalia", "class": "Aves", "supercategory": "Birds", "name": "Strix aluco"},
+    {"kingdom": "Animalia", "supercategory": "Birds", "name": "Parus major"},
+    {"kingdom": "Animalia", "supercategory": "Insects", "name": "Pieris"},
+    {"kingdom": "Plantae", "supercategory": "Plants", "name": "Rosa"},
+    {"kingdom": "Animalia", "supercategory": "Birds", "name": "Strix aluco"},
 ]
 # categories in the order of the annotations, and in that of the images
 ANNOTATED = {"train": [2, 0, 3, 0, 1, 2], "val": [1, 3, 0, 2]}
@@ -199,7 +166,6 @@ SHOWN = {"train": [3, 2, 2, 1, 0, 0], "val": [0, 1, 2, 3]}
 # names by first appearance in the annotations of training, and the targets of SHOWN
 EXPECTED = {
     "name": (["Rosa", "Parus major", "Strix aluco", "Pieris"], [2, 0, 0, 3, 1, 1], [1, 3, 0, 2]),
-    "class": (["Magnoliopsida", "Aves", "Insecta"], [1, 0, 0, 2, 1, 1], [1, 2, 0, 1]),
     "kingdom": (["Plantae", "Animalia"], [1, 0, 0, 1, 1, 1], [1, 1, 0, 1]),
 }
 
@@ -224,12 +190,7 @@ def write_inat(root: Path, year: int = 2018, official: bool = True) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "year", "category", "official"),
-    [
-        ("INAT", 2018, "name", True),
-        ("INAT", 2018, "class", False),
-        ("INAT", 2018, "kingdom", True),
-        ("INAT19", 2019, "name", False),
-    ],
+    [("INAT", 2018, "name", True), ("INAT", 2018, "kingdom", False), ("INAT19", 2019, "name", False)],
 )
 def test_inaturalist_is_numbered_by_first_appearance_in_training(tmp_path, name, year, category, official):
     root = write_inat(tmp_path / "data", year, official)
@@ -248,48 +209,34 @@ def test_inaturalist_trains_and_evaluates_without_the_training_list_too(tiny_fla
     flags = [*tiny_flags, "--data-set", "INAT", "--data-path", str(root), "--batch-size", "2"]
     assert main.main([*flags, "--output_dir", str(saved.parent)]) == 0
     assert torch.load(saved)["classes"] == EXPECTED["name"][0]
-    shown = []
-    for _ in range(2):
-        capfd.readouterr()
-        assert main.main([*flags, "--eval", "--resume", str(saved)]) == 0
-        shown.append(re.search(r"\* Acc@1.*", capfd.readouterr().out)[0])
-        # the checkpoint then numbers the classes
-        (root / "train2018.json").unlink(missing_ok=True)
-    assert shown[0] == shown[1]
+    loss = json.loads((saved.parent / "log.txt").read_text())["test_loss"]
+    # the checkpoint then numbers the classes
+    (root / "train2018.json").unlink()
+    assert main.main([*flags, "--eval", "--resume", str(saved)]) == 0
+    assert f"loss {loss:.3f}" in capfd.readouterr().out
     assert main.main([*flags, "--inat-category", "kingdom", "--eval", "--resume", str(saved)]) == 2
-    assert "val2018.json: image 0 is of class 'Animalia'" in capfd.readouterr().err
+    assert "val2018.json: damaged, incomplete or at odds" in capfd.readouterr().err
 
 
-def change_list(root: Path, part: str, index: int, **values: object) -> None:
-    """Change an entry of train2018.json."""
-    path = root / "train2018.json"
+def write_changed_inat(root: Path, part: str, index: int, **values: object) -> Path:
+    """Write iNaturalist with a changed entry in train2018.json."""
+    path = write_inat(root) / "train2018.json"
     content = json.loads(path.read_text())
     content[part][index].update(values)
     path.write_text(json.dumps(content))
+    return root
 
 
-BAD_NAMES = ("a/b/0", "a/b/0/c/d", "/a/0/c.png", "a/../0/c.png", "./a/0/c.png", "a/b/0/..", "a/b/0/..\\c", "a/b/-1/c")
-
-
-@pytest.mark.parametrize("file_name", [*BAD_NAMES, "a/b/x/c.png", "a/b/٣/c.png", f"a/b/{'1' * 5000}/c.png"])
-def test_a_file_name_out_of_form_or_folder_is_refused(tmp_path, file_name):
-    root = write_inat(tmp_path / "data")
-    change_list(root, "images", 4, file_name=file_name)
-    with pytest.raises(InputError, match=r"train2018\.json: image 4 is .* instead of FOLDER/GROUP/ID/IMAGE"):
+@pytest.mark.parametrize(
+    ("part", "index", "values"),
+    [
+        ("images", 4, {"file_name": "a/b/0"}),
+        ("images", 4, {"file_name": "a/b/x/c.png"}),
+        ("annotations", 3, {"category_id": 4}),
+        ("annotations", 3, {"category_id": None}),
+    ],
+)
+def test_a_list_at_odds_with_the_others_is_named(tmp_path, part, index, values):
+    root = write_changed_inat(tmp_path / "data", part, index, **values)
+    with pytest.raises(InputError, match=r"train2018\.json: .*one release"):
         inaturalist.read_split(root, "INAT", True, "name")
-
-
-@pytest.mark.parametrize("category", [4, -1, "1", None])
-def test_a_category_that_is_no_entry_of_the_categories_is_refused(tmp_path, category):
-    root = write_inat(tmp_path / "data")
-    change_list(root, "annotations", 3, category_id=category)
-    with pytest.raises(InputError, match=r"train2018\.json: annotation 3 is of category .*categories\.json has 0 to 3"):
-        inaturalist.read_split(root, "INAT", False, "name")
-
-
-def test_values_of_another_type_are_refused(tmp_path):
-    root = write_inat(tmp_path / "data")
-    for part, values in (("images", {"file_name": None}), ("annotations", {"category_id": []})):
-        change_list(root, part, 4, **values)
-        with pytest.raises(InputError, match=r"train2018\.json: damaged or incomplete"):
-            inaturalist.read_split(root, "INAT", True, "name")

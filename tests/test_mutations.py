@@ -10,33 +10,29 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 
 import folder2lmdb
 import main
 
 GOLDEN = Path(__file__).parent / "golden" / "legacy_digits.lmdb"
 
-QUICK = "--model dhvt_tiny_cifar_patch4 --model-kwargs depth=1 embed_dim=32 num_heads=2 --input-size 32 --device cpu"
-QUICK += " --num_workers 0 --batch-size 8"
+QUICK = f"{SMALL} --input-size 32 --batch-size 8"
 SECONDS = 60
 JUNK = [None, -1, 1e99, 10**30, "", "x", "../../etc/passwd", "/etc/passwd", "\0", [], {}, [[]], True]
-WORDS = ["", "-1", "nan", "x", "1e999", "0x10", "\0", "--", "[]", "1;2", "../..", "9" * 30, "½", "-", "=", "None"]
 
 
 @pytest.fixture(scope="module")
-def place(tree, tmp_path_factory) -> Path:
+def place(tree, quick_run, tmp_path_factory) -> Path:
     """Return a folder with a checkpoint and small data of every layout, all of the same two classes."""
     folder = tmp_path_factory.mktemp("mutations")
     shutil.copytree(tree(count=6, side=32), folder / "data")
     assert folder2lmdb.main(["--dir", str(folder / "data"), "--out", str(folder)]) == 0
-    words = [*QUICK.split(), "--data-set", "FOLDER", "--data-path", str(folder / "data"), "--epochs", "1"]
-    assert main.main([*words, "--warmup-epochs", "0", "--output_dir", str(folder / "run")]) == 0
-    (folder / "run" / "checkpoint.pth").rename(folder / "checkpoint.pth")
+    shutil.copy(quick_run / "checkpoint.pth", folder)
     (folder / "lmdb").mkdir()
     (folder / "published").mkdir()
     for split in ("train", "val"):
@@ -47,93 +43,61 @@ def place(tree, tmp_path_factory) -> Path:
 
 
 def write_inat(folder: Path) -> None:
-    categories = [{"id": k, "name": name, "order": "o"} for k, name in enumerate(("ant", "bee"))]
     (folder / "inat").mkdir()
     for split in ("train", "val"):
         files = []
         for k, name in enumerate(("ant", "bee")):
-            target = folder / "inat" / split / "group" / str(k)
-            target.mkdir(parents=True)
-            for path in sorted((folder / "data" / split / name).glob("*.jpg")):
-                shutil.copy(path, target)
-                files.append(f"{split}/group/{k}/{path.name}")
-        content = {
-            "info": {"year": 2018},
-            "images": [{"id": i, "file_name": file, "width": 1} for i, file in enumerate(files)],
-            "annotations": [{"id": i, "category_id": int(file.split("/")[2])} for i, file in enumerate(files)],
-        }
+            target = Path(split, "group", str(k))
+            shutil.copytree(folder / "data" / split / name, folder / "inat" / target)
+            files += [(target / f"{i}.jpg").as_posix() for i in (0, 2, 4)]
+        images = [{"id": i, "file_name": file} for i, file in enumerate(files)]
+        content = {"images": images, "annotations": [{"id": i, "category_id": i // 3} for i in range(6)]}
         (folder / "inat" / f"{split}2018.json").write_text(json.dumps(content))
+    categories = [{"id": k, "name": name, "order": "o"} for k, name in enumerate(("ant", "bee"))]
     (folder / "inat" / "categories.json").write_text(json.dumps(categories))
 
 
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Raise TimeoutError in what hangs."""
-
-    def late(*_) -> None:
-        raise TimeoutError(f"after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+def late(*_) -> None:
+    raise TimeoutError(f"after {SECONDS} s")
 
 
 def run(command: Callable[[list[str]], int], words: list[str], capfd) -> tuple[int, list[str], list[str]]:
     """Return status; accuracies, losses and classes without images; and the lines of stderr."""
     capfd.readouterr()
-    with bounded():
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
         status = command(words)
+    finally:
+        signal.alarm(0)
     printed = capfd.readouterr()
     return status, re.findall(r"\* Acc@1.*|Epoch \d.*?loss \S+|.*lacks.*", printed.out), printed.err.splitlines()
 
 
 def change_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Flip, overwrite, cut, insert or repeat some bytes."""
-    data = bytearray(data)
+    """Flip, overwrite, cut or insert some bytes."""
     at = rng.randrange(len(data))
-    kind = rng.choice(["flip", "flip", "fill", "fill", "cut", "insert", "head", "swap"])
+    head, rest = data[:at], data[at:]
+    count = rng.choice([1, 8, 200, 5000])
+    kind = rng.choice(["flip", "flip", "fill", "fill", "cut", "insert", "head"])
     if kind == "flip":
-        for _ in range(rng.choice([1, 1, 20])):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif kind == "fill":
-        size = rng.choice([1, 8, 200, 5000])
-        data[at : at + size] = bytes([rng.choice([0, 255, rng.randrange(256)])]) * len(data[at : at + size])
-    elif kind == "cut":
-        del data[at:]
-    elif kind == "insert":
-        data[at:at] = rng.randbytes(rng.choice([1, 7, 4096]))
-    elif kind == "head":
-        size = rng.choice([1, 4, 16, 64])
-        data[:size] = rng.randbytes(size)
-    else:
-        other = rng.randrange(len(data))
-        a, b = data[at : at + 64], data[other : other + 64]
-        data[at : at + len(b)], data[other : other + len(a)] = b, a
-    return bytes(data)
+        return head + bytes([rest[0] ^ 1 << rng.randrange(8)]) + rest[1:]
+    if kind == "fill":
+        return head + bytes([rng.choice([0, 255, rng.randrange(256)])]) * len(rest[:count]) + rest[count:]
+    if kind == "insert":
+        return head + rng.randbytes(count) + rest
+    return head if kind == "cut" else rng.randbytes(16) + data[16:]
 
 
 def change_file(path: Path, rng: random.Random) -> None:
-    data = path.read_bytes()
-    path.write_bytes(change_bytes(data, rng))
-
-
-def change_image(path: Path, rng: random.Random) -> None:
-    """Break an image where it shows: bits within a JPEG's pixels are other pixels, and nobody can tell."""
-    data = path.read_bytes()
-    kinds = [data[: rng.randrange(len(data) - 20)], b"", rng.randbytes(200), b"GIF89a" + data, bytes(len(data))]
-    kinds += [data[: len(data) // 2] + bytes(300), data + rng.randbytes(50), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg/>"]
-    path.write_bytes(rng.choice(kinds))
+    path.write_bytes(change_bytes(path.read_bytes(), rng))
 
 
 def change_json(path: Path, rng: random.Random) -> None:
     """Put something else in a random place, or break the text."""
     content = json.loads(path.read_text())
     if rng.random() < 0.25:
-        path.write_bytes(change_bytes(json.dumps(content).encode(), random.Random(rng.random())).replace(b" ", b""))
+        path.write_bytes(change_bytes(json.dumps(content).encode(), rng))
         return
     node = content
     while True:
@@ -149,50 +113,19 @@ def change_json(path: Path, rng: random.Random) -> None:
 
 
 def change_tree(root: Path, rng: random.Random) -> None:
-    """Move, remove, empty or add files and folders of val/."""
-    folder = rng.choice(sorted(p for p in root.rglob("*") if p.is_dir()))
-    if folder.name in ("train", "val"):
-        folder = rng.choice(sorted(p for p in folder.iterdir() if p.is_dir()))
-    kind = rng.randrange(9)
-    if kind == 0:
-        folder.rename(folder.with_name("zebra"))
-    elif kind == 1:
-        shutil.rmtree(folder)
-        folder.mkdir()
-    elif kind == 2:
-        (folder / "notes.txt").write_text("not an image")
-    elif kind == 3:
-        shutil.rmtree(folder)
-        folder.write_text("a file")
-    elif kind == 4:
-        (folder / "broken.jpg").symlink_to(root / "nowhere.jpg")
-    elif kind == 5:
-        (folder / "folder.jpg").mkdir()
-    elif kind == 6:
-        (folder / os.fsdecode(b"\xff\xfe.txt")).touch()
-    elif kind == 7:
-        (folder.parent / "loop").symlink_to(folder.parent)
-    else:
-        shutil.rmtree(folder.parent)
-
-
-def change_words(words: list[str], rng: random.Random) -> list[str]:
-    """Misspell a flag, or give it a value that is none of its kind."""
-    words = list(words)
-    flags = [i for i, w in enumerate(words) if w.startswith("--") and w not in ("--eval", "--model-kwargs")]
-    at = rng.choice(flags)
-    kind = rng.randrange(4)
-    if kind == 0:
-        name = words[at]
-        where = rng.randrange(3, len(name))
-        words[at] = name[:where] + rng.choice(["", "z", name[where] * 2]) + name[where + 1 :]
-    elif kind == 1:
-        del words[at + 1]
-    elif kind == 2:
-        words.insert(at, rng.choice(["--no-such-flag", "stray", "---", "--epochs=x", "-z", "--lr="]))
-    else:
-        words[at + 1] = rng.choice(WORDS)
-    return words
+    """Move, remove, empty or add files and folders of a class."""
+    folder = root / rng.choice(["train", "val"]) / rng.choice(["ant", "bee"])
+    changes = [
+        lambda: folder.rename(folder.with_name("zebra")),
+        lambda: (shutil.rmtree(folder), folder.mkdir()),
+        lambda: (shutil.rmtree(folder), folder.write_text("a file")),
+        lambda: shutil.rmtree(folder.parent),
+        lambda: (folder / "broken.jpg").symlink_to(root / "nowhere.jpg"),
+        lambda: (folder / "folder.jpg").mkdir(),
+        lambda: (folder / os.fsdecode(b"\xff\xfe.txt")).touch(),
+        lambda: (folder.parent / "loop").symlink_to(folder.parent),
+    ]
+    rng.choice(changes)()
 
 
 WORDS_OF = {  # the data: how they are evaluated, or for want of a checkpoint of their classes trained with
@@ -207,17 +140,11 @@ def touch(change: Callable, *paths: str) -> Callable[[random.Random], None]:
     return lambda rng: change(Path(rng.choice(paths)), rng)
 
 
-def any_image(rng: random.Random) -> None:
-    change_image(rng.choice(sorted(Path("data/val").rglob("*.*"))), rng)
-
-
 LISTS = [f"inat/{name}.json" for name in ("train2018", "val2018", "categories")]
 CASES = {  # what is changed: by what, which of the data are then used, how many times
-    "flags": (None, "data", 4),
     "checkpoint": (touch(change_file, "checkpoint.pth"), "data", 4),
     "database": (touch(change_file, "lmdb/val.lmdb", "lmdb/train.lmdb"), "lmdb", 4),
     "published database": (touch(change_file, "published/train.lmdb", "published/val.lmdb"), "published", 2),
-    "images": (any_image, "data", 4),
     "JSON": (touch(change_json, *LISTS), "inat", 4),
     "folders": (touch(change_tree, "data"), "data", 3),
 }
@@ -239,19 +166,15 @@ def test_a_changed_input_is_refused_in_one_line_or_changes_nothing(what, first, 
         shutil.copytree(place / data, work / data)
         shutil.copy(place / "checkpoint.pth", work)
         monkeypatch.chdir(work)
-        words = original
-        if change is None:
-            words = change_words(words, rng)
-        else:
-            change(rng)
+        change(rng)
         status = 0
         if "database" in what:
             # LMDB itself may crash on a file that this refuses
             status, found, lines = run(folder2lmdb.main, ["--dir", data, "--verify"], capfd)
             lines = lines[-1:]  # a line per image comes first
         if status == 0:
-            status, found, lines = run(main.main, words, capfd)
-        case = f"{what} {seed}: {words} {status} {lines}"
+            status, found, lines = run(main.main, original, capfd)
+        case = f"{what} {seed}: {status} {lines}"
         # a file in the place of a class folder is one class less, which is said; the published database has no
         # checksums: that pixels are others is seen by nobody
         same = found == expected or "lacks" in str(found) or what == "published database"

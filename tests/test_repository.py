@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 SCRIPTS = ("main", "predict", "export", "speed_test", "folder2lmdb", "run_with_submitit")
@@ -69,29 +71,29 @@ def test_one_file_knows_processes_and_devices():
                 assert not pattern.search(line), f"{name}:{number}: {line}"
 
 
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
 def test_only_scripts_and_their_flags_know_the_namespace():
     # command.py reads the flags that it adds itself
     allowed = {*(f"{script}.py" for script in SCRIPTS), "util/options.py", "util/command.py"}
     for name, path in sources().items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and name not in allowed:
-                annotations = [
-                    ast.unparse(a.annotation) for a in (*node.args.args, *node.args.kwonlyargs) if a.annotation
-                ]
-                assert not any("Namespace" in annotation for annotation in annotations), f"{name}: {node.name}"
+        if name not in allowed:
+            for node in functions(path):
+                assert "Namespace" not in ast.unparse(node.args), f"{name}: {node.name}"
 
 
 def test_files_and_functions_stay_short():
     for folder, most in (("util", 14), ("data", 6)):
         assert len(list((ROOT / folder).glob("*.py"))) <= most, folder
     for name, path in sources().items():
-        text = path.read_text()
-        assert text.count("\n") <= 400, name
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno + 1 <= 70, f"{name}: {node.name}"
+        assert path.read_text().count("\n") <= 400, name
+        for node in functions(path):
+            assert node.end_lineno - node.lineno + 1 <= 70, f"{name}: {node.name}"
 
 
+@pytest.mark.slow
 def test_importing_everything_warns_of_nothing_deprecated():
     code = f"import {', '.join(SCRIPTS)}, models, hubconf"
     command = [sys.executable, "-W", "error::FutureWarning", "-W", "error::DeprecationWarning:timm", "-c", code]

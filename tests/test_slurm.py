@@ -3,17 +3,18 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY
 from crash_runner import LAUNCHER
-from test_distributed import finish, start
 from test_faults import wait_for
 from test_resume import differences, log_of
 
@@ -29,7 +30,9 @@ FLAGS = [*TINY.split(), "--epochs", "2"]
 
 @pytest.fixture
 def environment(monkeypatch) -> None:
-    """Put back the variables that run_with_submitit.py sets."""
+    """Put back the variables that run_with_submitit.py sets, and let processes meet on this machine."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in (*LAUNCHER, "PYTHONPATH"):
         monkeypatch.setenv(name, "")
 
@@ -37,20 +40,17 @@ def environment(monkeypatch) -> None:
 def test_the_job_script_has_what_was_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = (
-        "--dry-run --nodes 2 --ngpus 8 --partition gpu --account lab --qos high --constraint a100 --timeout 600 "
-        "--mem 400GB --cpus-per-task 6 --slurm gres=gpu:8 mail-type=END "
-        "--model dhvt_tiny_imagenet_patch16 --data-set DIGITS --output_dir out/x"
+        "--dry-run --nodes 2 --ngpus 8 --partition gpu --timeout 600 --cpus-per-task 6 --slurm gres=gpu:8 "
+        "mail-type=END --model dhvt_tiny_imagenet_patch16 --data-set DIGITS --output_dir out/x"
     )
     assert run_with_submitit.main(words.split()) == 0
     script = capsys.readouterr().out
-    lines = (
-        "nodes=2 ntasks-per-node=8 gpus-per-node=8 partition=gpu account=lab qos=high time=600 constraint=a100 "
-        "mem=400GB cpus-per-task=6 gres=gpu:8 mail-type=END requeue signal=USR2@120"
-    )
-    assert [line for line in lines.split() if f"#SBATCH --{line}\n" not in script] == []
+    lines = "nodes=2 ntasks-per-node=8 gpus-per-node=8 partition=gpu time=600 cpus-per-task=6 gres=gpu:8 mail-type=END "
+    for line in f"{lines} requeue signal=USR2@120".split():
+        assert f"#SBATCH --{line}\n" in script
     (command,) = [line for line in script.splitlines() if line.startswith("srun ")]
-    assert f"{tmp_path}/out/x/submitit/" in command
-    assert "--kill-on-bad-exit=1" in command and "--cpus-per-task=6" in command
+    for part in (f"{tmp_path}/out/x/submitit/", "--kill-on-bad-exit=1", "--cpus-per-task=6"):
+        assert part in command
     assert list(tmp_path.iterdir()) == []
 
 
@@ -58,7 +58,6 @@ BAD = {
     "flag": ("--bach-size 8 --output_dir o", "--bach-size", "did you mean --batch-size?"),
     "no folder": ("--data-set DIGITS", "--output_dir", "FOLDER"),
     "out below a file": ("--cluster local --data-set DIGITS --output_dir note/o", "note/o", "Not a directory"),
-    "pairs": ("--slurm gres --data-set DIGITS --output_dir o", "--slurm", "KEY=VALUE"),
     "local nodes": ("--cluster local --nodes 2 --data-set DIGITS --output_dir o", "--nodes 2", "leave it out"),
     "no Slurm": ("--data-set DIGITS --output_dir o", "--cluster slurm", "--cluster local"),
 }
@@ -105,51 +104,34 @@ def test_only_the_signal_of_the_time_limit_requeues(number, requeued, monkeypatc
     assert calls == [["scontrol", "requeue", "12"], "sleep"][not requeued :]
 
 
-def submit(out: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--cluster", "local", "--tasks-per-node", "2"]
-    return start([*command, *FLAGS, *words, "--output_dir", str(out)])
-
-
-def test_two_local_tasks_are_stopped_and_a_job_in_this_process_continues(tmp_path, environment):
+def test_two_local_tasks_are_stopped_and_a_job_in_this_process_continues(tmp_path, environment, capsys):
     """The signal comes to submitit's controller, which forwards it, as Slurm sends it to all tasks."""
-    out = tmp_path / "out"
-    process = submit(out, "--epochs", "1000")
-    try:
-        wait_for((out / "checkpoint_0000.pth").exists)
-        os.kill(int(process.stdout.readline().split()[1].rstrip(":")), signal.SIGTERM)
-        status, printed, error = finish(process)
-    finally:
-        process.kill()
-    assert status == STOPPED and "the same command" in printed, error
-    saved = weights.load(out / "checkpoint.pth")
-    epochs = saved["epoch"] + 2
-    words = ["--cluster", "debug", *FLAGS, "--epochs", str(epochs), "--output_dir", str(out)]
-    assert run_with_submitit.main(words) == 0
-    assert [line["epoch"] for line in log_of(out)] == list(range(epochs))
+    words = [*FLAGS, "--output_dir", str(tmp_path), "--epochs"]
+
+    def stop() -> None:
+        try:
+            wait_for((tmp_path / "checkpoint_0000.pth").exists)
+        finally:
+            (submitted,) = (tmp_path / "submitit").glob("*_submitted.pkl")
+            os.kill(int(submitted.name.partition("_")[0]), signal.SIGTERM)
+
+    Thread(target=stop).start()
+    assert run_with_submitit.main(["--cluster", "local", "--tasks-per-node", "2", *words, "1000"]) == STOPPED
+    assert "the same command" in capsys.readouterr().out
+    epochs = weights.load(tmp_path / "checkpoint.pth")["epoch"] + 2
+    assert run_with_submitit.main(["--cluster", "debug", *words, str(epochs)]) == 0
+    assert [line["epoch"] for line in log_of(tmp_path)] == list(range(epochs))
 
 
-def test_a_job_that_fails_says_why(tmp_path):
-    status, _, error = finish(submit(tmp_path / "out", "--batch-size", "2000"))
-    assert status == 2
-    (line,) = [line for line in error.splitlines() if line.startswith("run_with_submitit.py: error: ")]
-    assert "--batch-size 2000" in line and str(tmp_path / "out") in line
-
-
-@pytest.mark.slow
-def test_two_nodes_of_torchrun_train_and_evaluate(tmp_path):
-    """Two agents on loopback that meet by c10d, each with one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}", "--rdzv-id=digits", "--local-addr=127.0.0.1"]
-    out = tmp_path / "out"
-    for last in (["--output_dir", str(out)], ["--eval", "--resume", str(out / "checkpoint.pth")]):
-        agents = [start([*torchrun, str(ROOT / "main.py"), *FLAGS, *last]) for _ in range(2)]
-        ends = [finish(agent) for agent in agents]
-        assert [status for status, _, _ in ends] == [0, 0], [error for _, _, error in ends]
-        assert sum("on the 360 test images" in printed for _, printed, _ in ends) == 1
-    assert [line["epoch"] for line in log_of(out)] == [0, 1]
+@pytest.mark.parametrize("results", [[1, 2], None])
+def test_a_job_that_fails_says_why(results, tmp_path, capsys):
+    """Where a process is ended with another one, submitit has no results."""
+    (tmp_path / "7_1_log.err").write_text("a warning\nmain.py: error: --batch-size 2000: lower it\n")
+    job = Mock(job_id="7", paths=SimpleNamespace(folder=tmp_path, stderr=tmp_path / "7_0_log.err"))
+    job.results.configure_mock(**{"return_value": results} if results else {"side_effect": RuntimeError})
+    assert run_with_submitit.wait(job) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("run_with_submitit.py: error: ") and "--batch-size 2000" in line and str(tmp_path) in line
 
 
 # a real Slurm
@@ -238,6 +220,10 @@ def test_a_cancelled_job_and_one_of_which_a_process_dies_are_not_requeued(slurm,
 
 
 @pytest.mark.slurm
-def test_an_interactive_shell_of_one_task_is_one_process(slurm, tmp_path):
-    command = ["srun", "--nodes=1", "--ntasks=1", f"--chdir={tmp_path}", sys.executable, str(ROOT / "main.py"), *FLAGS]
-    assert "on the 360 test images" in call(slurm, *command, "--epochs", "1")
+def test_a_job_that_is_cancelled_while_it_waits_never_runs(slurm, tmp_path):
+    out = tmp_path / "out"
+    job = slurm_submit(slurm, out, "--slurm", "hold")
+    call(slurm, "scancel", job)
+    ended = wait_for_end(slurm, job, out)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+    assert not (out / "checkpoint.pth").exists()

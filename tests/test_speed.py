@@ -1,10 +1,6 @@
 """Measuring speed: ratios of times taken in turns, and the command over them."""
 
-import time
-from pathlib import Path
-
 import pytest
-import torch
 
 import engine
 import folder2lmdb
@@ -24,12 +20,11 @@ def test_a_step_is_compared_with_its_baseline_in_turns(monkeypatch):
         calls.append(name)
         now += seconds * 1.5**turn
 
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(engine, "timer", lambda: now)
     row = engine.compare_steps(
         lambda: step("ours", 1.0),
         lambda: step("baseline", 3.0),
         batch_size=2,
-        device=torch.device("cpu"),
         pairs=5,
     )
     # the first two turns warm up
@@ -74,15 +69,11 @@ def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
         ("nosuchmodel", "nosuchmodel", "for example"),
         ("resnet18:depth", "resnet18:depth", "KEY=VALUE"),
         ("resnet18 --pairs 1", "--pairs: 1", "at least 2"),
-        ("resnet18 --output_dir file", "file", "name another folder"),
         ("resnet18 --loader x", "models to measure", "--loader DATA"),
-        ("--loader nowhere", "nowhere/train", "no such folder"),
         ("resnet18 --basline x", "--basline", "did you mean --baseline?"),
     ],
 )
-def test_what_can_be_fixed_is_one_line(words, value, remedy, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("file").touch()
+def test_what_can_be_fixed_is_one_line(words, value, remedy, capsys):
     assert speed_test.main([*words.split(), "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("speed_test.py: error: ") and value in line and remedy in line

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +21,9 @@ import datasets
 import engine
 import main
 from losses import ImageLoss
-from models.build import build_model
 from util import options
 from util.checkpoint import TrainState
-from util.config import DataConfig, ModelConfig
+from util.config import AugmentConfig, DataConfig, ModelConfig
 from util.errors import NonFiniteLossError
 from util.log import RunLog
 from util.precision import Precision, resolve_amp_dtype
@@ -57,8 +59,9 @@ def train(
     precision = precision or Precision(CPU)
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     config = ModelConfig("vit_tiny_patch16_224")
-    state = TrainState(model, ema, optimizer, None, precision.scaler, config, DataConfig(), (), {}, len(batches))
-    more = {"prepare": precision.to_memory_format, "seed": 0, "log": RunLog(None)} | kwargs
+    updates = math.ceil(len(batches) / kwargs.get("accum_steps", 1))
+    state = TrainState(model, ema, optimizer, None, precision.scaler, config, DataConfig(), (), {}, updates)
+    more = {"prepare": precision.to_memory_format, "seed": 0, "run_log": RunLog(None)} | kwargs
     return engine.train_one_epoch(model, ImageLoss(criterion), batches, precision, state, **more)
 
 
@@ -143,9 +146,8 @@ def parse(*flags: str):
 def run_state(*flags: str) -> TrainState:
     """Return the beginning of a run of a linear layer."""
     args = parse(*flags)
-    lr, _ = options.scale_lr(args, 1)
-    more = {"data": DataConfig(), "classes": (), "updates": 1, "precision": Precision(CPU)}
-    return main.build_state(args, model=nn.Linear(2, 2), lr=lr, config=ModelConfig("none", 4), **more)
+    more = {"data": DataConfig(), "classes": (), "updates_per_epoch": 1, "precision": Precision(CPU)}
+    return main.build_state(args, model=nn.Linear(2, 2), config=ModelConfig("none", 4), **more)
 
 
 def schedule(epochs: int, *flags: str) -> list[float]:
@@ -165,27 +167,9 @@ def test_rates_over_twenty_epochs_equal_the_published_schedule():
     assert schedule(20) == pytest.approx(expected, rel=1e-12)
 
 
-def test_other_schedules_and_unscaled_rates():
-    flags = ["--lr", "1e-2", "--unscale-lr", "--warmup-epochs", "0", "--sched"]
-    steps = schedule(7, *flags, "step", "--decay-epochs", "3", "--decay-rate", "0.5")
-    assert steps == pytest.approx([1e-2] * 3 + [5e-3] * 3 + [2.5e-3])
-    assert schedule(4, *flags, "constant") == pytest.approx([1e-2] * 4)
-    poly = schedule(4, *flags, "poly", "--decay-rate", "1", "--min-lr", "0")
-    assert poly == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
-    noisy = schedule(6, *flags, "constant", "--lr-noise", "0.5")
-    assert noisy == schedule(6, *flags, "constant", "--lr-noise", "0.5")
-    assert noisy[:3] == pytest.approx([1e-2] * 3) and noisy[4:] != pytest.approx([1e-2] * 2)
-
-
 def test_the_learning_rate_is_scaled_by_the_effective_batch_size():
     args = parse("--batch-size", "96", "--accum-steps", "4", "--lr", "1e-3")
     assert options.scale_lr(args, 2)[0] == pytest.approx(1e-3 * 768 / 512)
-
-
-def criterion(*flags: str):
-    """Return the loss of (outputs, targets) and mixup, as the flags have them for four classes."""
-    loss, mixup = main.build_criterion(parse(*flags), run_state(), None, Precision(CPU))
-    return partial(loss, None), mixup
 
 
 def test_criteria_are_the_published_ones():
@@ -202,7 +186,6 @@ def test_criteria_are_the_published_ones():
     rows = [
         ([*unmixed, "--smoothing", "0.1"], labels, (0.9 * onehot + 0.025) * log_p, False),
         ([*unmixed, "--smoothing", "0"], labels, onehot * log_p, False),
-        ([], soft, soft * log_p, True),
         (["--mixup", "0"], soft, soft * log_p, True),
         (["--cutmix", "0"], soft, soft * log_p, True),
         (minmax, soft, soft * log_p, True),
@@ -210,20 +193,9 @@ def test_criteria_are_the_published_ones():
         (["--bce-loss", *unmixed], labels, (onehot * p.log() + (1 - onehot) * (1 - p).log()) / 4, False),
     ]
     for flags, targets, expected, mixed in rows:
-        loss, mixup = criterion(*flags)
+        loss, mixup = main.build_loss_and_mixup(parse(*flags), run_state(), None, Precision(CPU))
         assert (mixup is not None) == mixed, flags
-        assert loss(logits, targets).item() == pytest.approx(-expected.sum(1).mean().item()), flags
-
-
-def test_cutmix_alone_mixes_by_area_and_mixup_alone_by_weight():
-    x = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
-    y = torch.tensor([0, 1])
-    np.random.seed(3)
-    mixed, target = criterion("--mixup", "0", "--smoothing", "0")[1](x.clone(), y)
-    assert set(mixed.unique().tolist()) == {0.0, 1.0}
-    assert torch.allclose(mixed.mean(dim=(1, 2, 3)), target[:, 1])
-    mixed, target = criterion("--cutmix", "0", "--smoothing", "0")[1](x.clone(), y)
-    assert len(mixed[0].unique()) == 1 and torch.allclose(mixed[:, 0, 0, 0], target[:, 1])
+        assert loss(None, logits, targets).item() == pytest.approx(-expected.sum(1).mean().item()), flags
 
 
 class Spoiled(nn.Module):
@@ -252,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_with_where_and_what_to_try():
         train(model, random_batches(12, 4), print_freq=4)
     text = str(error.value)
     assert "\n" not in text
-    for part in ("loss is nan", "epoch 0", "lr 0.001", "loss scale 1", "gradient norm", "--clip-grad", "--amp"):
+    for part in ("loss is nan", "epoch 0", "lr 0.001", "gradient norm", "--clip-grad"):
         assert part in text, part
     assert len(model.seen) == 8  # the report after it, not the end of the epoch
 
@@ -299,8 +271,7 @@ def test_benchmark_reports_repeats_and_leaves_the_model_alone():
         more = {"train": mode == "train", "min_seconds": 0.01, "gmacs": 1.0}
         row = engine.benchmark(model, (16, 16), 4, Precision(CPU), **more)
         assert row["images_per_s"] == pytest.approx(4 / (row["ms_per_batch"] / 1000))
-        assert row["spread"] >= 0 and row["peak_memory_mib"] > 10
-        assert (row["mode"], row["batch_size"]) == (mode, 4)
+        assert row["spread"] >= 0 and row["matrix_gmacs_per_s"] > 0
     assert torch.equal(before, weights(model)) and all(p.grad is None for p in model.parameters())
 
 
@@ -308,29 +279,25 @@ def test_only_test_speed_needs_no_data_and_writes_only_what_is_asked_for(tiny_fl
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine, "benchmark", partial(engine.benchmark, min_seconds=0.01))
     flags = ["--only_test_speed", *tiny_flags, "--data-set", "IMNET", "--batch-size", "2"]
-    assert main.main(flags) == 0
-    out = capsys.readouterr().out
-    assert "GMACs" in out and "inference:" in out and "train:" in out
-    assert list(tmp_path.iterdir()) == []
-    assert main.main([*flags, "--output_dir", "out"]) == 0
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["speed_macs.txt"]
-    assert "GMACs" in (tmp_path / "out" / "speed_macs.txt").read_text()
+    assert main.main(flags) == 0 and list(tmp_path.iterdir()) == []
+    assert main.main([*flags, "--output_dir", "."]) == 0 and os.listdir() == ["speed_macs.txt"]
+    for text in (capsys.readouterr().out, Path("speed_macs.txt").read_text()):
+        assert "GMACs" in text and "inference:" in text and "train:" in text
 
 
 def test_a_run_leaves_what_the_spec_lists(tiny_run):
-    (line,) = [json.loads(text) for text in (tiny_run / "log.txt").read_text().splitlines()]
+    line = json.loads((tiny_run / "log.txt").read_text())
     assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"} <= set(line)
     assert {"test_ema_loss", "test_ema_acc1", "test_ema_acc5"} <= set(line)
     content = torch.load(tiny_run / "checkpoint.pth")  # with torch's defaults: nothing but plain types
     assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args", "classes"} <= set(content)
     assert content["epoch"] == 0 and content["classes"] == list("0123456789") and type(content["args"]) is dict
-    assert (tiny_run / "best_checkpoint.pth").is_file() and (tiny_run / "best_ema_checkpoint.pth").is_file()
-    assert (tiny_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {"best_checkpoint.pth", "best_ema_checkpoint.pth", "curves.png"} <= set(os.listdir(tiny_run))
     args = json.loads((tiny_run / "args.json").read_text())
     assert args["versions"]["torch"] == torch.__version__ and args["versions"]["git"]
     assert args["effective_batch"] == args["batch_size"] and args["effective_lr"] > 0
-    expected = sum(tensor.numel() for name, tensor in content["model"].items() if "running" not in name)
-    expected -= sum("num_batches" in name for name in content["model"])
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    expected = sum(tensor.numel() for name, tensor in content["model"].items() if not name.endswith(buffers))
     assert args["n_parameters"] == line["n_parameters"] == expected
     events = next((tiny_run / "runs").iterdir()).read_bytes()
     for tag, count in ((b"loss", 11), (b"lr", 11), (b"test_acc1", 1), (b"test_ema_acc1", 1)):
@@ -340,9 +307,12 @@ def test_a_run_leaves_what_the_spec_lists(tiny_run):
 
 
 def test_without_output_dir_nothing_is_written_anywhere(quick_flags, tmp_path, monkeypatch, capsys):
+    """Its warm-up does not end, which is said too."""
     monkeypatch.chdir(tmp_path)
-    assert main.main(quick_flags) == 0
-    assert "nothing was saved" in capsys.readouterr().out
+    assert main.main([*quick_flags, "--epochs", "1", "--warmup-epochs", "5"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing was saved" in text
+    assert "--warmup-epochs 5: all 1 epochs are warm-up; lower it" in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -350,9 +320,7 @@ def test_what_a_run_prints_and_that_its_last_line_evaluates_it(quick_flags, tmp_
     out = tmp_path / "out"
     assert main.main([*quick_flags, "--lr", "1e-2", "--eval-freq", "3", "--output_dir", str(out)]) == 0
     text = capsys.readouterr().out
-    images = ["48 distinct images", "Accuracy of the network on the 48 test images: ", "images_per_s"]
-    accuracy = ["* Acc@1 ", " Acc@2 100", "Max accuracy: ", "EMA: Acc@1 "]
-    for part in ("number of params: ", "effective batch size 8 ", *images, *accuracy):
+    for part in ("48 distinct images", "on the 48 test images: ", "effective batch size 8 ", "EMA: Acc@1 "):
         assert part in text, part
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert ["test_acc1" in line for line in lines] == [False, True]  # --eval-freq 3, and the last epoch always
@@ -365,25 +333,29 @@ def test_what_a_run_prints_and_that_its_last_line_evaluates_it(quick_flags, tmp_
     assert "raw weights" in text
 
 
-def test_a_diverging_run_keeps_its_last_checkpoint_and_exits_with_1(quick_flags, tmp_path, capsys):
+def test_a_diverging_run_keeps_its_last_checkpoint_and_exits_with_1(quick_run, quick_flags, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main.main([*quick_flags, "--epochs", "1", "--output_dir", str(out)]) == 0
+    shutil.copytree(quick_run, out)
     before = (out / "checkpoint.pth").read_bytes()
     flags = [*quick_flags, "--output_dir", str(out), "--resume", "auto", "--lr", "1e9", "--unscale-lr"]
     assert main.main(flags) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("main.py: error: ") and "in epoch 1, update" in error and len(error.splitlines()) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("main.py: error: ") and "in epoch 1, update" in error
     assert (out / "checkpoint.pth").read_bytes() == before
 
 
-def test_a_run_with_workers_equals_the_one_without(tiny_flags, tiny_run, tmp_path):
-    assert main.main([*tiny_flags, "--num_workers", "2", "--output_dir", str(tmp_path)]) == 0
-    with_workers = torch.load(tmp_path / "checkpoint.pth")["model"]
-    without = torch.load(tiny_run / "checkpoint.pth")["model"]
-    assert all(torch.equal(with_workers[name], without[name]) for name in without)
+def test_what_is_sent_to_a_worker_that_is_not_forked_can_be_pickled(quick_flags):
+    data = DataConfig("FOLDER", quick_flags[-1], num_workers=1)
+    train_set = datasets.build_train_set(data, ModelConfig("", input_size=(32, 32)), AugmentConfig())
+    loader = datasets.build_train_loader(train_set, data, batch_size=4, repeated_aug=True, seed=0)
+    sent = loader.dataset, loader.collate_fn, loader.worker_init_fn
+    received, *_ = pickle.loads(pickle.dumps(sent))
+    keys = list(loader.sampler)[:2]
+    torch.testing.assert_close(received.__getitems__(keys), loader.dataset.__getitems__(keys), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_a_run_with_workers_stops_and_ends_under_every_start_method(runner, method, quick_flags, tmp_path):
     """On macOS workers are spawned, and since Python 3.14 Linux has a fork server. They get the signal too."""
     flags = [*quick_flags, *"--epochs 1 --num_workers 1 --resume auto --output_dir".split(), str(tmp_path / "out")]
@@ -393,14 +365,7 @@ def test_a_run_with_workers_stops_and_ends_under_every_start_method(runner, meth
         assert result["status"] == [status] and result["orphans"] == 0, result
 
 
-def test_dropout_flag_reaches_the_blocks_not_the_classifier():
-    args = parse("--model", "dhvt_tiny_cifar_patch4", "--drop", "0.3", "--nb-classes", "10")
-    model = build_model(options.model_config(args))
-    rates = {module.p for module in model.blocks.modules() if isinstance(module, nn.Dropout)}
-    assert 0.3 in rates and model.head_drop.p == 0.0
-
-
-def test_a_killed_worker_is_one_line_with_a_hint(quick_flags, monkeypatch, capsys):
+def test_a_killed_worker_ends_the_run_and_is_named(quick_flags, monkeypatch, capsys):
     """As where the shared memory of a container is too small."""
 
     def killed(self, key):
@@ -408,22 +373,12 @@ def test_a_killed_worker_is_one_line_with_a_hint(quick_flags, monkeypatch, capsy
 
     monkeypatch.setattr(datasets.SeededDataset, "__getitems__", killed)
     assert main.main([*quick_flags, "--num_workers", "1"]) == 1
-    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("main.py: error")]
-    assert "DataLoader worker" in line and "--shm-size" in line
+    assert "DataLoader worker" in capsys.readouterr().err
 
 
-def test_a_warm_up_that_does_not_end_is_said(quick_flags, capsys):
-    assert main.main([*quick_flags, "--epochs", "1", "--warmup-epochs", "5"]) == 0
-    assert "--warmup-epochs 5: all 1 epochs are warm-up; lower it" in capsys.readouterr().out
-
-
-def test_a_difference_from_training_is_said(tiny_run, tiny_flags, tmp_path, capsys):
-    """Of the input size, and of the model: for an evaluation, and for fine-tuning."""
+def test_a_difference_from_training_is_said(tiny_run, capsys):
     resume = ["--eval", "--device", "cpu", "--resume", str(tiny_run / "checkpoint.pth")]
     assert main.main([*resume, "--input-size", "24"]) == 0
     assert "trained at 32x32, evaluating at 24x24" in capsys.readouterr().out
     assert main.main([*resume, "--model", "dhvt_small_cifar_patch2"]) == 2
     assert "it is of --model dhvt_tiny_cifar_patch4" in capsys.readouterr().err
-    words = ["--finetune", str(tiny_run / "checkpoint.pth"), "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2"]
-    assert main.main([*tiny_flags, *words]) == 0
-    assert "tensors before the head start untrained: is it another --model?" in capsys.readouterr().out

@@ -20,7 +20,6 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 import engine
-import main
 import speed_test
 from data.images import EncodedImage, decode_rgb
 from data.transforms import DeviceTransform, FastTransform, build_transform
@@ -91,11 +90,8 @@ JITTERED = [FLIP, "AutoAugment", "ColorJitter", *END]
         ({"aa": "None"}, [RESIZED, FLIP, "ColorJitter", *ERASED]),
         ({"aa": "augmix-m5-w4-d2"}, [RESIZED, FLIP, "AugMixAugment", *ERASED]),
         ({"aa": "", "color_jitter": 0.0, "reprob": 0.0}, [RESIZED, FLIP, *END]),
-        ({"native_size": True}, ["RandomCrop", FLIP, "RandAugment", *ERASED]),
         ({"native_size": True, "flip": False}, ["RandomCrop", "RandAugment", *ERASED]),
-        ({"three_augment": True, "aa": "none", "reprob": 1.0}, [RESIZED, *JITTERED]),
         ({"three_augment": True, "color_jitter": 0.0}, [RESIZED, FLIP, "AutoAugment", *END]),
-        ({"three_augment": True, "native_size": True}, ["RandomCrop", *JITTERED]),
         ({"three_augment": True, "native_size": True, "src": True}, ["Resize", "RandomCrop", *JITTERED]),
     ],
     ids=str,
@@ -104,9 +100,7 @@ def test_training_images_go_through_these_steps(kwargs, expected):
     assert [type(step).__name__ for step in build(True, 32, 32, **kwargs).transforms] == expected
 
 
-def test_small_images_are_shifted_over_black_and_those_of_src_over_their_mirror_image():
-    crop = build(True, 32, 24, native_size=True).transforms[0]
-    assert (crop.size, crop.padding, crop.padding_mode, crop.fill) == ((32, 24), 4, "constant", 0)
+def test_images_of_src_are_shifted_over_their_mirror_image():
     resize, crop, _, _, jitter, *_ = build(True, 48, 48, three_augment=True, src=True, color_jitter=0.3).transforms
     assert (resize.size, resize.interpolation) == (48, InterpolationMode.BICUBIC)
     assert (crop.size, crop.padding, crop.padding_mode) == ((48, 48), 4, "reflect")
@@ -118,34 +112,27 @@ def test_small_images_are_shifted_over_black_and_those_of_src_over_their_mirror_
 def test_three_augment_is_grey_solarised_or_blurred():
     [step] = [s for s in build(True, 32, 32, three_augment=True).transforms if type(s).__name__ == "AutoAugment"]
     image = photograph(32, 32)
-    expected = {
-        image.convert("L").convert("RGB").tobytes(): "grey",
-        ImageOps.solarize(image, 128).tobytes(): "solarised",
-    }
+    grey = image.convert("L").convert("RGB").tobytes()
+    solarised = ImageOps.solarize(image, 128).tobytes()
     counts = Counter()
     for seed in range(90):
         random.seed(seed)
         found = step(image)
-        kind = expected.get(found.tobytes(), "blurred")
-        counts[kind] += 1
-        roughness = [np.abs(np.diff(np.asarray(i, int), axis=0)).sum() for i in (found, image)]
-        assert kind != "blurred" or roughness[0] <= roughness[1]
-    assert set(counts) == {"grey", "solarised", "blurred"} and min(counts.values()) > 15
+        if found.tobytes() in (grey, solarised):
+            counts[found.tobytes()] += 1
+        else:
+            counts["blurred"] += 1
+            roughness = [np.abs(np.diff(np.asarray(i, int), axis=0)).sum() for i in (found, image)]
+            assert roughness[0] <= roughness[1]
+    assert set(counts) == {grey, solarised, "blurred"} and min(counts.values()) > 15
 
 
 @pytest.mark.parametrize(("side", "ratio", "resized"), [(32, 0.875, 36), (50, 0.9, 55), (40, 1.0, 40)])
 def test_evaluation_resizes_bicubically_and_crops_the_center(side, ratio, resized):
     data = encode(photograph(130, 90))
     reference = build_transform(False, ModelConfig("", input_size=(side, side), crop_ratio=ratio))
-    written_out = transforms.Compose(
-        [
-            transforms.Resize(resized, InterpolationMode.BICUBIC),
-            transforms.CenterCrop(side),
-            transforms.ToTensor(),
-            NORMALIZE,
-        ]
-    )
-    expected = written_out(decode_rgb(data, "x"))
+    image = transforms.Resize(resized, InterpolationMode.BICUBIC)(decode_rgb(data, "x"))
+    expected = NORMALIZE(transforms.ToTensor()(transforms.CenterCrop(side)(image)))
     torch.testing.assert_close(reference(decode_rgb(data, "x")), expected, rtol=0, atol=0)
     fast = FastTransform(reference)(EncodedImage(data, "x"))
     assert fast.dtype == torch.uint8
@@ -166,16 +153,6 @@ def test_evaluation_at_height_and_width_covers_both_in_proportion(shape):
     assert (levels(FastTransform(reference)(pixels)) == expected).all()
 
 
-def test_both_transforms_evaluate_alike(tiny_run, capsys):
-    shown = set()
-    for transform in ("fast", "timm"):
-        flags = f"--eval --resume {tiny_run / 'checkpoint.pth'} --device cpu --num_workers 0 --transform {transform}"
-        assert main.main(flags.split()) == 0
-        [line] = [line for line in capsys.readouterr().out.splitlines() if "* Acc@1" in line]
-        shown.add(line)
-    assert len(shown) == 1
-
-
 # decoding
 
 EXIF_TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
@@ -183,7 +160,6 @@ FORMS: dict[str, Callable[[Image.Image], bytes]] = {
     "4:4:4": partial(encode, subsampling=0),
     "4:2:0": partial(encode, subsampling=2),
     "4:1:1": partial(encode, subsampling="4:1:1"),
-    "poor": partial(encode, quality=8),
     "progressive": partial(encode, progressive=True),
     "restarts": partial(encode, restart_marker_blocks=3),
     "stored as RGB": partial(encode, keep_rgb=True),
@@ -194,7 +170,6 @@ FORMS: dict[str, Callable[[Image.Image], bytes]] = {
     "PNG": lambda rgb: encode(rgb, "PNG"),
     "palette": lambda rgb: encode(rgb.quantize(16), "PNG", transparency=b"\x80\x40"),
     "alpha": lambda rgb: encode(rgb.convert("RGBA"), "PNG"),
-    "grey and alpha": lambda rgb: encode(rgb.convert("LA"), "PNG"),
     "16 bits": lambda rgb: encode(Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257), "PNG"),
     "WebP": lambda rgb: encode(rgb, "WEBP"),
 }
@@ -245,12 +220,8 @@ def test_damaged_images_are_refused_where_pillow_refuses_and_else_decoded_alike(
         for _ in range(trial % 4):
             data[rng.randrange(len(data))] = rng.randrange(256)
         expected = outcome(partial(decode_rgb, bytes(data), "some/file"))
-        found = outcome(EncodedImage(bytes(data), "some/file").decode)
-        if isinstance(expected, str):
-            refused += 1
-            assert found == expected and expected.startswith("some/file: not a readable image (")
-        else:
-            np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(outcome(EncodedImage(bytes(data), "some/file").decode), expected)
+        refused += isinstance(expected, str) and expected.startswith("some/file: not a readable image (")
     assert 45 < refused < 125
 
 
@@ -258,11 +229,11 @@ def test_damaged_images_are_refused_where_pillow_refuses_and_else_decoded_alike(
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
-@pytest.mark.parametrize("size", [(500, 375), (224, 224), (120, 90), (225, 1100)], ids=str)
+@pytest.mark.parametrize("size", [(500, 375), (120, 90), (225, 1100)], ids=str)
 def test_without_a_policy_pixels_are_timms_within_a_level_or_two(size, interpolation):
     data = encode(photograph(*size, which=size[0] % 2))
     reference = build(True, 224, 192, interpolation=interpolation, **PLAIN)
-    for seed in range(6):
+    for seed in range(4):
         fast, timm = draw_both(reference, data, seed)
         difference = np.abs(fast - timm)
         assert difference.mean() < 0.05 and difference.max() <= 2
@@ -281,11 +252,9 @@ def test_arrays_in_native_size_are_augmented_exactly_as_by_timm(aa):
 @pytest.mark.parametrize(
     "augment",
     [
-        {"aa": "rand-m9-mstd0.5-inc1"},
-        {"aa": "rand-m15-n4-inc1"},
+        {"aa": "rand-m15-n4-mstd0.5-inc1"},
         {"aa": "original-mstd0.5"},
         {"aa": "augmix-m5-w2-d2"},
-        {"three_augment": True},
         {"three_augment": True, "src": True},
     ],
     ids=str,
@@ -319,12 +288,11 @@ def test_a_repeated_image_is_decoded_once(monkeypatch):
     fast = FastTransform(build(True, 64, 64, **PLAIN))
     one, two = (encode(photograph(120, 90, which)) for which in (0, 1))
     shown = []
-    for data in (one, one, one, two, two, one):
+    for data in (one, one, two, two, one):
         seed_everything(3)
-        shown.append(fast(EncodedImage(data, "the same name")))
+        shown.append(fast(EncodedImage(data, "the same name")).numpy().tobytes())
     assert len(decoded) == 3
-    assert torch.equal(shown[0], shown[2]) and torch.equal(shown[0], shown[5]) and torch.equal(shown[3], shown[4])
-    assert not torch.equal(shown[0], shown[3])
+    assert shown[0] == shown[1] == shown[4] != shown[2] == shown[3]
 
 
 # on the device

@@ -25,7 +25,7 @@ from util.weights import first_line, get_weights, load, load_weights, saved_flag
 NUMBERED = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
 # flags whose change at a resume changes no result
-UNREPORTED = {
+FLAGS_WITHOUT_EFFECT = {
     "resume",
     "output_dir",
     "device",
@@ -37,12 +37,12 @@ UNREPORTED = {
 
 
 @contextmanager
-def writing(folder: str | Path) -> Iterator[None]:
+def explain_write_errors(folder: str | Path) -> Iterator[None]:
     """Raise InputError where a write below --output_dir fails within this context."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save raises an error of its own, in whose context the file's is
+        # torch.save wraps the error of the file: look for it in the context
         cause = error
         while cause and not isinstance(cause, OSError):
             cause = cause.__context__
@@ -57,7 +57,7 @@ def writing(folder: str | Path) -> Iterator[None]:
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` at the end: a reader sees the old file or the new one, whole."""
-    # all files of a kind have this name in turn, so that the next one replaces what a kill left
+    # one temporary name per suffix, so that the next write replaces what a killed process left
     temporary = path.with_name(f".new{path.suffix}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -90,11 +90,7 @@ def link_atomic(source: Path, target: Path) -> None:
 
 @dataclass
 class TrainState:
-    """All progress of a run, and what is saved with it. `state_dict` and `load_state_dict` are each other's inverse.
-
-    A model that reorganises tokens is best at the lowest keep rate that it was evaluated at: its accuracy with more
-    tokens is that of a slower model.
-    """
+    """All progress of a run, and what is saved with it. `state_dict` and `load_state_dict` are each other's inverse."""
 
     model: nn.Module
     ema: ModelEmaV3 | None
@@ -106,8 +102,7 @@ class TrainState:
     classes: Sequence[str]
     # the command line
     args: dict[str, Any]
-    # per epoch
-    updates: int
+    updates_per_epoch: int
     folder: Path | None = None
     # where the run is: the last finished epoch, from 0, and what is done of the one after it
     epoch: int = -1
@@ -139,11 +134,11 @@ class TrainState:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     @property
-    def conditions(self) -> dict[str, int]:
+    def batch_layout(self) -> dict[str, int]:
         """Return what decides which images are in which update: where it changes, no resume is bit-exact."""
         names = ("batch_size", "accum_steps", "seed", "repeated_aug")
         flags = {name: self.args[name] for name in names}
-        return {"updates": self.updates, "processes": distributed.world_size(), **flags}
+        return {"updates": self.updates_per_epoch, "processes": distributed.world_size(), **flags}
 
     def finish_epoch(self, test: Mapping[str, float]) -> list[str]:
         """Record an epoch and its evaluation, {} if there was none; return the names under which to save it as best."""
@@ -151,7 +146,7 @@ class TrainState:
         self.update = 0
         self.losses = []
         self.seconds = 0.0
-        # a lower keep rate than before: accuracies at the higher one do not count any more
+        # EViT: accuracies at a higher keep rate, those of a slower model, do not count any more
         rate = self.keep_rate
         if test and rate is not None and (self.best_keep_rate is None or rate < self.best_keep_rate):
             self.max_accuracy = -1.0
@@ -172,7 +167,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds: tensors and plain values."""
-        position = {name: getattr(self, name) for name in ("update", "losses", "seconds", "conditions")}
+        position = {name: getattr(self, name) for name in ("update", "losses", "seconds")}
         return {
             "model": self.model.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
@@ -184,7 +179,7 @@ class TrainState:
             "data": asdict(self.data),
             "classes": list(self.classes),
             # at an epoch's end there is none: the next epoch may have other batches
-            "position": position if self.update else None,
+            "position": position | {"conditions": self.batch_layout} if self.update else None,
             **{name: getattr(self, name) for name in self.PROGRESS},
         }
 
@@ -216,18 +211,18 @@ class TrainState:
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
 
+        # Position of the run; then report which flags are others now
         self._load_progress(saved, source)
         for name, value in self.args.items():
             before = flags.get(name, value)
-            if before != value and value is not None and name not in UNREPORTED:
+            if before != value and name not in FLAGS_WITHOUT_EFFECT:
                 print0(f"resume: --{name} was {reprlib.repr(before)[:80]} and is {value} from here on")
 
     def _load_progress(self, saved: Mapping[str, Any], source: str) -> None:
+        """Continue at the epoch and update of a checkpoint. Raises InputError."""
         try:
             for name in self.PROGRESS:
                 value = saved.get(name)
-                if not isinstance(value, int | float | None):
-                    raise TypeError(f"{name} is a {type(value).__name__}")
                 if value is not None:
                     setattr(self, name, value)
             position = saved.get("position")
@@ -238,11 +233,11 @@ class TrainState:
             self.seconds = float(position["seconds"])
             self.update = int(position["update"])
             # another batch size or number of processes: continue after the same share of the epoch
-            if before != self.conditions:
-                self.update = self.update * self.updates // before["updates"]
+            if before != self.batch_layout:
+                self.update = self.update * self.updates_per_epoch // before["updates"]
                 print0(
-                    f"{source}: continues at update {self.update} of {self.updates}, not bit for bit: "
-                    f"it was saved with {before}, and now there are {self.conditions}"
+                    f"{source}: continues at update {self.update} of {self.updates_per_epoch}, not bit for bit: "
+                    f"it was saved with {before}, and now there are {self.batch_layout}"
                 )
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
@@ -265,7 +260,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
             {**now, "params": before["params"]}
             for now, before in zip(optimizer.param_groups, saved["param_groups"], strict=True)
         ]
-        # torch looks in the groups for where a state's step belongs: on the device if fused, else on the CPU
+        # torch reads `fused` in the group to decide whether `step` is on the device or on the CPU
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
@@ -282,13 +277,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
 def save_checkpoint(content: Mapping[str, Any], folder: Path, keep: int, best: Sequence[str] = ()) -> None:
     """Write one checkpoint as the files `best`, a numbered one and checkpoint.pth.
 
-    The numbered files of the last `keep` epochs stay, and the last `keep` of the current epoch; with `keep` 1 there are
-    none. Files of later moments, left by a run that was resumed from an earlier one, are removed.
+    The numbered files of the last `keep` epochs stay, and the newest one; with `keep` 1 there are none. Files of later
+    moments, left by a run that was resumed from an earlier one, are removed.
     """
     epoch = content["epoch"]
     update = (content.get("position") or {}).get("update", 0)
     numbered = f"checkpoint_{epoch + 1:04d}_{update:06d}.pth" if update else f"checkpoint_{epoch:04d}.pth"
-    with writing(folder):
+    with explain_write_errors(folder):
         # the best first: a kill in between costs an evaluation, not the best checkpoint
         names = [*best, numbered, "checkpoint.pth"] if keep > 1 else [*best, "checkpoint.pth"]
         first, *others = names
@@ -297,13 +292,13 @@ def save_checkpoint(content: Mapping[str, Any], folder: Path, keep: int, best: S
         for name in others:
             link_atomic(folder / first, folder / name)
 
-        moments = numbered_checkpoints(folder)
-        past = [m for m in moments if m <= (epoch + 1, update)]
-        finished = [m for m in past if not m[1]]
-        begun = [m for m in past if m[1] and m[0] == epoch + 1]
-        kept = finished[-keep:] + begun[-keep:] if keep > 1 else []
-        for moment, path in moments.items():
-            if moment not in kept:
+        # Remove old numbered files, and those of a future that was left
+        files = numbered_checkpoints(folder)
+        past = [position for position in files if position <= (epoch + 1, update)]
+        finished = [(epoch, update) for epoch, update in past if not update]
+        kept = finished[-keep:] + past[-1:] if keep > 1 else []
+        for position, path in files.items():
+            if position not in kept:
                 path.unlink()
 
 
@@ -328,8 +323,6 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def check_output_dir(output_dir: str, resume: str) -> None:
     """Refuse a folder that training would overwrite. Raises InputError."""
     folder = Path(output_dir)
-    if folder.is_file():
-        raise InputError(f"--output_dir {folder}: is a file; name a folder")
     if resume == "auto" or not find_checkpoints(folder):
         return
     if not resume or Path(resume).resolve().parent != folder.resolve():

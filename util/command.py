@@ -35,11 +35,6 @@ SYNONYMS = {
     "test": "--eval",
     "wd": "--weight-decay",
 }
-# errors of torch that say what happened, but not which flag helps
-HINTS = {
-    "DataLoader worker": ("out of memory? Lower --num_workers, or in a container raise --shm-size", 1),
-    "deterministic": ("leave out --deterministic", 2),
-}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -203,23 +198,6 @@ def parse_size(values: Sequence[int] | None) -> tuple[int, int] | None:
     return values[0], values[-1]
 
 
-def model_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags of `add_model_flags` that were given, as keyword arguments of `load_trained`."""
-    flags = {
-        "name": "model",
-        "kwargs": "model_kwargs",
-        "num_classes": "nb_classes",
-        "crop_ratio": "eval_crop_ratio",
-        "base_keep_rate": "base_keep_rate",
-        "fuse_token": "fuse_token",
-        "drop_loc": "drop_loc",
-    }
-    overrides = {name: getattr(args, flag) for name, flag in flags.items() if flag in args.given}
-    if args.input_size:
-        overrides["input_size"] = parse_size(args.input_size)
-    return overrides
-
-
 def explain(error: BaseException) -> tuple[str, int]:
     """Return the line that explains what ended a script, "" if there is none to print, and the exit status."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -234,14 +212,12 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, BrokenPipeError):
         return "", 1
     if isinstance(error, OSError):
-        return f"{error.filename or 'the output'}: {error.strerror or lines[0]}", 2
+        name = error.filename or "the output"
+        return f"{name}: {error.strerror or lines[0]}; free space, or name another file or folder", 2
     if type(error).__module__.startswith("torch._dynamo"):
         return f"--compile: {lines[0]}; leave it out", 2
     if distributed.is_lost_connection(error):
         return "lost another process: it has ended and said why, or is silent (--dist-timeout)", 1
-    for words, (hint, status) in HINTS.items():
-        if words in lines[0]:
-            return f"{lines[0]}; {hint}", status
     # a bug
     traceback.print_exc()
     return "", 1

@@ -58,7 +58,10 @@ class AugmentConfig:
     recount: int = 1
     three_augment: bool = False
     src: bool = False
-    repeated_aug: bool = True
+
+
+def describe_size(size: tuple[int, int]) -> str:
+    return "x".join(map(str, size))
 
 
 def is_native_size(data_name: str, input_size: tuple[int, int]) -> bool:

@@ -7,7 +7,8 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -104,8 +105,9 @@ def init(device_name: str | None, backend: str | None = None, timeout_s: float =
     timeout = timedelta(seconds=timeout_s)
     try:
         store, *_ = next(rendezvous("env://", rank, world, timeout=timeout))
-        # torchrun gives a restarted run the store of its predecessor, which holds dead addresses
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # torchrun's own store outlives a restart, and holds the addresses of the processes before it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         _gloo_group = dist.new_group(timeout=timeout, backend="gloo")
     except (ValueError, RuntimeError) as error:
@@ -193,6 +195,17 @@ def broadcast_object(value: object) -> object:
     return values[0]
 
 
+@contextmanager
+def primary_first() -> Iterator[None]:
+    """Run a block on rank 0 before the others run it: they find what it has downloaded."""
+    # where rank 0 fails it ends, and the others with it
+    if not is_primary():
+        broadcast_object(None)
+    yield
+    if is_primary():
+        broadcast_object(None)
+
+
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Copy rank 0's tensors to every process, in place."""
     if not is_distributed():
@@ -227,28 +240,14 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Return the device's peak memory since the last reset, in MiB; on the CPU, the process's since its start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    # Windows has no such module
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux KiB
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    """Return the peak memory of a CUDA device since the last reset, in MiB; 0 for other devices."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
 
 
 def supports_bf16(device: torch.device) -> bool:

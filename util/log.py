@@ -19,10 +19,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from util import distributed
-from util.checkpoint import TrainState, open_atomic, write_atomic, writing
+from util.checkpoint import TrainState, explain_write_errors, open_atomic, write_atomic
 from util.distributed import print0
 from util.errors import InputError
 from util.precision import Precision
@@ -46,21 +45,19 @@ CURVES = {
 
 
 class EpochProgress:
-    """Progress and throughput of an epoch: a bar on rank 0's terminal, or a line per report where that is no terminal.
+    """Progress and throughput of an epoch, in lines that rank 0 prints.
 
     `total` counts the epoch's updates, `first` those that were made before a resume, in `seconds_before` seconds.
     """
 
     def __init__(self, total: int, title: str, first: int = 0, seconds_before: float = 0.0) -> None:
+        self.total = total
         self.title = title
         self.first = first
         self.seconds_before = seconds_before
         self.started = time.perf_counter()
         self.waited = 0.0
         self.images = 0
-        # with None tqdm shows nothing where stderr is not a terminal
-        disable = None if distributed.is_primary() else True
-        self.bar = tqdm(total=total, initial=first, desc=title, dynamic_ncols=True, disable=disable)
 
     def wait(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return the next batch, and count its images and the time spent waiting for them."""
@@ -83,26 +80,14 @@ class EpochProgress:
         }
 
     def report(self, done: int, loss: float, lr: float) -> None:
-        """Show that `done` updates of the epoch are made, at least one of them by this process."""
+        """Print that `done` updates of the epoch are made, at least one of them by this process."""
         # updates before a resume, perhaps on another machine, say nothing about the time that is left
-        left = (time.perf_counter() - self.started) / (done - self.first) * (self.bar.total - done)
+        left = (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
         speed = self.throughput()
-        figures = {
-            "loss": f"{loss:.4f}",
-            "lr": f"{lr:.6f}",
-            "images_per_s": f"{speed['images_per_s']:.1f}",
-            "data": f"{speed['data_wait']:.0%}",
-            "left": timedelta(seconds=round(left)),
-        }
-        self.bar.update(done - self.bar.n)
-        if not self.bar.disable:
-            self.bar.set_postfix(figures)
-            return
-        text = "  ".join(f"{name} {value}" for name, value in figures.items())
-        print0(f"{self.title}  [{done}/{self.bar.total}]  {text}")
-
-    def close(self) -> None:
-        self.bar.close()
+        print0(
+            f"{self.title}  [{done}/{self.total}]  loss {loss:.4f}  lr {lr:.6f}  images_per_s "
+            f"{speed['images_per_s']:.1f}  data {speed['data_wait']:.0%}  left {timedelta(seconds=round(left))}"
+        )
 
 
 class RunLog:
@@ -121,7 +106,7 @@ class RunLog:
         """Create and lock the folder, write `record` as args.json, and drop log.txt's lines from `start_epoch` on."""
         if self.folder is None:
             return
-        with writing(self.folder):
+        with explain_write_errors(self.folder):
             (self.folder / "runs").mkdir(parents=True, exist_ok=True)
             # nothing is written before the folder is ours
             self._lock_folder()
@@ -153,36 +138,36 @@ class RunLog:
         except OSError:
             pass
 
-    def updates(
+    def log_updates(
         self,
         first_step: int,
         losses: list[float],
         lr: float,
-        keep_rate_of: Callable[[int], float] | None = None,
+        keep_rate_schedule: Callable[[int], float] | None = None,
     ) -> None:
-        """Log the losses of updates from `first_step` on to TensorBoard, and `keep_rate_of` each.
+        """Log the losses of updates from `first_step` on to TensorBoard, and `keep_rate_schedule` each.
 
         Steps count the updates of all epochs.
         """
         if self.folder is None:
             return
-        with writing(self.folder):
+        with explain_write_errors(self.folder):
             for step, loss in enumerate(losses, first_step):
                 self._add_scalars(step, loss=loss, lr=lr)
-                if keep_rate_of is not None:
-                    self._add_scalars(step, keep_rate=keep_rate_of(step))
+                if keep_rate_schedule is not None:
+                    self._add_scalars(step, keep_rate=keep_rate_schedule(step))
 
     def _add_scalars(self, step: int, **scalars: float) -> None:
         for name, value in scalars.items():
             event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
             self.events.write_event(event)
 
-    def epoch(self, line: dict) -> None:
+    def log_epoch(self, line: dict) -> None:
         """Append a line to log.txt, log its train_ and test_ numbers to TensorBoard, and draw curves.png."""
         if self.folder is None:
             return
         scalars = {name: value for name, value in line.items() if name.startswith(("train_", "test_"))}
-        with writing(self.folder):
+        with explain_write_errors(self.folder):
             self._add_scalars(line["epoch"], **scalars)
             # a full disk is noticed here at the latest
             self.events.flush()
@@ -200,17 +185,16 @@ class RunLog:
         lines = []
         for text in path.read_text(errors="replace").splitlines():
             # a crash may have cut the last line short
-            with contextlib.suppress(ValueError, RecursionError):
+            with contextlib.suppress(ValueError):
                 lines.append(json.loads(text))
-        # the folder may hold a log.txt of something else
-        return [line for line in lines if isinstance(line, dict) and isinstance(line.get("epoch"), int)]
+        return lines
 
     def close(self) -> None:
         """Unlock the folder, and write what is left of the events."""
         # first, as the disk may be full
         self.lock.close()
         if self.events is not None:
-            with writing(self.folder):
+            with explain_write_errors(self.folder):
                 self.events.close()
 
 
@@ -250,18 +234,20 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def print_run_summary(state: TrainState, lr_info: str, images: int, test_images: int, distinct: int) -> None:
+def print_run_summary(state: TrainState, images: int, test_images: int, distinct: int) -> None:
     """Print what will be trained on what; `distinct` images are seen per epoch."""
     args = state.args
     epochs = args["epochs"]
-    updates = state.updates
+    updates = state.updates_per_epoch
     print0(f"Model {state.config.name}; number of params: {count_parameters(state.model)}")
-    print0(lr_info)
     repeated = " (--repeated-aug)" if args["repeated_aug"] else ""
     print0(
         f"{images} training and {test_images} test images; an epoch of {updates} updates shows {distinct} distinct "
         f"images{repeated}"
     )
+
+    if state.scaler.is_enabled() and not state.optimizer.param_groups[0].get("fused"):
+        print0(f"--amp fp16 with --opt {args['opt']}: every update waits for the device; --amp bf16 does not")
 
     # Defaults that surprise in short runs and in fine-tuning
     if args["warmup_epochs"] >= epochs:
@@ -282,7 +268,7 @@ def print_run_summary(state: TrainState, lr_info: str, images: int, test_images:
 
 def describe_run(state: TrainState, precision: Precision) -> dict[str, Any]:
     """Return the content of args.json: the flags, and what follows from them on this machine."""
-    conditions = state.conditions
+    conditions = state.batch_layout
     return {
         **state.args,
         "effective_batch": conditions["batch_size"] * conditions["processes"] * conditions["accum_steps"],
@@ -304,10 +290,9 @@ def describe_speed(row: dict[str, Any]) -> str:
     """Return what engine.benchmark measured as one line."""
     steady = "" if row["steady"] else "unsteady "
     return (
-        f"{row['mode']}: {row['images_per_s']:.1f} images/s {steady}± {row['spread']:.1f} % "
-        f"({row['ms_per_batch']:.1f} ms per batch of {row['batch_size']}), {row['share']:.0f} % of the device's "
-        f"{row['matrix_gmacs_per_s']:.0f} GMAC/s in matrix products, {row['precision']}, peak memory "
-        f"{row['peak_memory_mib']:.0f} MiB, {row['device']}, torch {row['torch']}"
+        f"{row['images_per_s']:.1f} images/s {steady}± {row['spread']:.1f} % ({row['ms_per_batch']:.1f} ms per batch), "
+        f"{row['share']:.0f} % of the device's {row['matrix_gmacs_per_s']:.0f} GMAC/s in matrix products, "
+        f"peak memory {row['peak_memory_mib']:.0f} MiB"
     )
 
 

@@ -25,11 +25,8 @@ def build_optimizer(model: nn.Module, device: torch.device, opt: str, **kwargs) 
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, sched: str, **kwargs) -> Scheduler:
-    """Return timm's learning rate schedule, a function of the epoch. Raises InputError."""
-    try:
-        scheduler, _ = create_scheduler_v2(optimizer, sched, **kwargs)
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"--sched {sched}: {first_line(error)}") from None
+    """Return timm's learning rate schedule, a function of the epoch."""
+    scheduler, _ = create_scheduler_v2(optimizer, sched, **kwargs)
     return scheduler
 
 
@@ -52,18 +49,16 @@ def freeze(model: nn.Module, what: str) -> list[nn.Module]:
         return []
 
     # Names of the modules that are trained
-    trained = classifier_names(model)
+    trained = classifier_names(model.pretrained_cfg)
     if what != "head":
         trained = last_blocks(model, int(what)) + trained
     model.requires_grad_(False)
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
 
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
     # the classifier's name comes twice if it follows the blocks
     names = ", ".join(dict.fromkeys(trained))
-    print0(f"--freeze {what}: {count} of {total} parameters are trained, those of {names}")
+    print0(f"--freeze {what}: only {names} are trained")
     return [
         module
         for name, module in model.named_modules()

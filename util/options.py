@@ -255,9 +255,6 @@ def check_values(args: argparse.Namespace) -> None:
     betas = 3 if "adan" in args.opt.lower() else 2
     if args.opt_betas is not None and len(args.opt_betas) != betas:
         raise InputError(f"--opt-betas {' '.join(map(str, args.opt_betas))}: --opt {args.opt} takes {betas}")
-    # timm ignores a third number
-    if args.lr_noise is not None and len(args.lr_noise) > 2:
-        raise InputError(f"--lr-noise {' '.join(map(str, args.lr_noise))}: give one number or two")
     # timm does not compare the two
     minmax = args.cutmix_minmax
     if minmax is not None and (len(minmax) != 2 or minmax[0] >= minmax[1]):
@@ -299,8 +296,6 @@ def check_modes(args: argparse.Namespace) -> None:
         raise InputError("--use-ema is for --eval, --finetune and --visualize_*: leave it out")
     if args.image_dir and not mode:
         raise InputError("--image-dir is for --visualize_mask and --visualize_attention: add one of them")
-    if args.speed_batch_size and not (args.test_speed or args.only_test_speed):
-        raise InputError("--speed-batch-size is for --test_speed and --only_test_speed: add one of them")
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks into --output_dir: give one")
     if args.compile and args.grad_checkpointing:
@@ -347,6 +342,23 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
     )
 
 
+def model_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of `add_model_flags` that were given, as keyword arguments of `load_trained`."""
+    flags = {
+        "name": "model",
+        "kwargs": "model_kwargs",
+        "num_classes": "nb_classes",
+        "crop_ratio": "eval_crop_ratio",
+        "base_keep_rate": "base_keep_rate",
+        "fuse_token": "fuse_token",
+        "drop_loc": "drop_loc",
+    }
+    overrides = {name: getattr(args, flag) for name, flag in flags.items() if flag in args.given}
+    if args.input_size:
+        overrides["input_size"] = parse_size(args.input_size)
+    return overrides
+
+
 def data_config(args: argparse.Namespace, device: torch.device, saved: DataConfig | None = None) -> DataConfig:
     """Return the data set that the flags describe, or a checkpoint's, `saved`, as far as flags were not given."""
     flags = {"name": "data_set", "root": "data_path", "lmdb": "use_lmdb", "inat_category": "inat_category"}
@@ -372,7 +384,6 @@ def augment_config(args: argparse.Namespace) -> AugmentConfig:
         recount=args.recount,
         three_augment=args.ThreeAugment,
         src=args.src,
-        repeated_aug=args.repeated_aug,
     )
 
 

@@ -4,7 +4,6 @@ Shape comments: H x W pixels, P patches, N tokens (class token first; DHVT's hea
 """
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 from timm.models import VisionTransformer
 from timm.utils import AttentionExtract
@@ -24,8 +24,6 @@ from util.config import ModelConfig
 from util.errors import InputError
 
 SHEETS = {"mask": "contact_sheet.png", "attention": "attention_sheet.png"}
-# names of the files that are written here, and of what a crash left of them
-PICTURE = re.compile(r"\.?(\d{4,}_\d\d+_(input|(block|attention)\d\d+)|(contact|attention)_sheet)\.png(\.tmp)?")
 
 
 class Tile(NamedTuple):
@@ -59,10 +57,10 @@ def write_pictures(
 
     `mode` is "mask" or "attention". `samples` yields images [3, H, W] normalised as `config` says, each with its
     label, if known, and the name of its source. `classes` names the model's outputs. Pictures of an earlier call are
-    removed. Raises InputError for a model with nothing to show, no image, and a folder that cannot be written.
+    removed. Raises InputError for a model with nothing to show, and where there is no image.
     """
     check_model(mode, model)
-    # all images are read first, so that errors of files further down are about pictures
+    # read all images first, so that a bad file ends this before earlier pictures are removed
     samples = list(samples)
     if not samples:
         raise InputError(f"{folder}: there is no image to show; nothing was written")
@@ -70,43 +68,39 @@ def write_pictures(
     model.eval()
     paths = []
     rows = []
-    try:
-        # Pictures of an earlier call go, other files stay
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if PICTURE.fullmatch(path.name):
-                path.unlink()
+    # Pictures of an earlier call go, other files stay
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("[0-9][0-9][0-9][0-9]_[0-9][0-9]_*.png"):
+        path.unlink()
 
-        for number, (image, label, source) in enumerate(samples):
-            # Undo the normalisation: the pixels of the image, exactly
-            pixels = image.cpu().permute(1, 2, 0) * torch.tensor(config.std) + torch.tensor(config.mean)  # H, W, 3
-            pixels = (255 * pixels).round().byte().numpy()
+    for number, (image, label, source) in enumerate(samples):
+        # Undo the normalisation: the pixels of the image, exactly
+        pixels = image.cpu().permute(1, 2, 0) * torch.tensor(config.std) + torch.tensor(config.mean)  # H, W, 3
+        pixels = (255 * pixels).round().byte().numpy()
 
-            # Predict, and make the pictures
-            image = image[None].to(device)  # 1, 3, H, W
-            with torch.inference_mode(), autocast():
-                logits = model(image)
-                tiles = [Tile("input", pixels), *make_tiles(model, image, pixels)]
-            for step, tile in enumerate(tiles):
-                paths.append(folder / f"{number:04}_{step:02}_{tile.name}.png")
-                with open_atomic(paths[-1]) as file:
-                    Image.fromarray(tile.pixels).save(file, "png")
+        # Predict, and make the pictures
+        image = image[None].to(device)  # 1, 3, H, W
+        with torch.inference_mode(), autocast():
+            logits = model(image)
+            tiles = [Tile("input", pixels), *make_tiles(model, image, pixels)]
+        for step, tile in enumerate(tiles):
+            paths.append(folder / f"{number:04}_{step:02}_{tile.name}.png")
+            with open_atomic(paths[-1]) as file:
+                Image.fromarray(tile.pixels).save(file, "png")
 
-            # Name the prediction; a head may have more outputs than there are names
-            probability, best = logits[0].float().softmax(dim=0).max(dim=0)
-            names = dict(enumerate(classes or ()))
-            predicted = names.get(int(best), f"{best}")
-            text = f"{label or ''} → {predicted} {probability:.0%}   {source}"
-            color = "black" if label in (None, predicted) else "red"
-            # A longer sheet would be too much to look at
-            if number < 32:
-                rows.append(Row(text, color, tiles))
-        paths.append(folder / SHEETS[mode])
-        title = f"{model.pretrained_cfg['architecture']}: {len(rows)} of {len(samples)} images"
-        with open_atomic(paths[-1]) as file:
-            draw_sheet(mode, model, title, rows).savefig(file, format="png")
-    except OSError as error:
-        raise InputError(f"{folder}: pictures cannot be written there ({error.strerror or error})") from None
+        # Name the prediction; a head may have more outputs than there are names
+        probability, best = logits[0].float().softmax(dim=0).max(dim=0)
+        names = dict(enumerate(classes or ()))
+        predicted = names.get(int(best), f"{best}")
+        text = f"{label or ''} → {predicted} {probability:.0%}   {source}"
+        color = "black" if label in (None, predicted) else "red"
+        # A longer sheet would be too much to look at
+        if number < 32:
+            rows.append(Row(text, color, tiles))
+    paths.append(folder / SHEETS[mode])
+    title = f"{model.pretrained_cfg['architecture']}: {len(rows)} of {len(samples)} images"
+    with open_atomic(paths[-1]) as file:
+        draw_sheet(mode, model, title, rows).savefig(file, format="png")
     return paths
 
 
@@ -173,7 +167,7 @@ def mask_tiles(model: nn.Module, image: Tensor, pixels: np.ndarray) -> Iterator[
         # fused ones have the color of the block that fused them
         for number, color in fused_colors(model).items():
             picture[token[patch] == patches + number] = color
-        # unlike a fused token, that of one patch has its number
+        # a patch that is not fused still has its own number
         kept = (token == np.arange(patches)).sum()
         caption = f"block {block}\n{kept}/{patches}, {patches - kept} {'fused' if model.fuse_token else 'dropped'}"
         yield Tile(f"block{block:02}", picture, caption)
@@ -181,7 +175,7 @@ def mask_tiles(model: nn.Module, image: Tensor, pixels: np.ndarray) -> Iterator[
 
 def class_attention(model: nn.Module, image: Tensor) -> list[Tensor]:
     """Return the class token's attention in each block, [N], the mean over its heads, for an image [1, 3, H, W]."""
-    # a copy takes the hooks, and attention that is not fused: that has its weights in memory
+    # hooks and unfused attention for a copy: fused kernels do not return the weights
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -210,54 +204,35 @@ def attention_tiles(model: nn.Module, image: Tensor, pixels: np.ndarray) -> Iter
 def draw_sheet(mode: str, model: nn.Module, title: str, rows: list[Row]) -> Figure:
     """Draw a row of pictures per image, a column per block, and a legend."""
     H, W, _ = rows[0].tiles[0].pixels.shape
-    # one set of axes, in inches from the top left corner: a set per picture would take ten times as long
-    scale = 1.4 / max(H, W)
-    pitch = H * scale + 0.6
-    right = max(8, 0.1 + 1.5 * len(rows[0].tiles))
-    bottom = -1.2 - pitch * len(rows)
-    # on grey paper white patches can be seen
-    figure = Figure(figsize=(right, -bottom), dpi=160, facecolor="0.93")
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, right), ylim=(bottom, 0))
-    axes.set_axis_off()
+    columns = len(rows[0].tiles)
+    # in inches; on grey paper white patches can be seen
+    size = max(8, 1.5 * columns), len(rows) * (1.5 * H / W + 0.6) + 1.2
+    figure = Figure(size, dpi=160, facecolor="0.93", layout="constrained")
+    grid = figure.subplots(len(rows), squeeze=False)
 
     # what colors and numbers mean
     if mode == "mask":
         note = f"keep rate {model.base_keep_rate:g}; patches kept as tokens / all, and those fused or dropped (white)"
-        for i, (block, color) in enumerate(fused_colors(model).items()):
-            axes.text(
-                0.1 + 1.5 * i,
-                -0.75,
-                f"fused in block {block}",
-                color="white",
-                backgroundcolor=np.divide(color, 255),
-            )
+        colors = fused_colors(model).items()
+        patches = [Patch(color=np.divide(color, 255), label=f"fused in block {block}") for block, color in colors]
+        figure.legend(handles=patches, loc="outside lower left", ncols=columns)
     else:
         note = "class token's attention to patches, as a share of the largest (max), and to DHVT's head tokens (heads)"
         figure.colorbar(
-            ScalarMappable(cmap="inferno"),
-            cax=axes.inset_axes((0.2, -0.7, 3, 0.1), transform=axes.transData),
-            orientation="horizontal",
+            ScalarMappable(cmap="inferno"), ax=grid[0], location="top", shrink=0.4, anchor=(0, 0), aspect=40
         )
-    axes.text(0.1, -0.1, f"{title}\n{note}", va="top")
+    figure.suptitle(f"{title}\n{note}", x=0.01, ha="left", fontsize="medium")
 
-    # a row per image: a line of text, and pictures with two lines each
-    for i, row in enumerate(rows):
-        top = -1.2 - pitch * i
+    # one set of axes per image, since one per picture would take ten times as long
+    for axes, row in zip(grid.flat, rows, strict=True):
+        # each picture with a border of the paper's grey
+        border = (0, 0), (W // 20, W // 20), (0, 0)
+        strip = np.hstack([np.pad(tile.pixels, border, constant_values=237) for tile in row.tiles])
+        axes.imshow(strip)
         # names may hold a dollar sign
-        axes.text(0.1, top + 0.05, row.text, color=row.color, parse_math=False)
-        for j, tile in enumerate(row.tiles):
-            left = 0.1 + 1.5 * j
-            low = top - H * scale
-            axes.imshow(
-                tile.pixels,
-                extent=(left, left + W * scale, low, top),
-                aspect="auto",
-            )
-            axes.text(
-                left,
-                low - 0.05,
-                tile.caption,
-                va="top",
-                fontsize=7,
-            )
+        axes.set_title(row.text, color=row.color, loc="left", fontsize="medium", parse_math=False)
+        centers = (np.arange(columns) + 0.5) * strip.shape[1] / columns
+        axes.set_xticks(centers, [tile.caption for tile in row.tiles], fontsize=6)
+        axes.tick_params(length=0, labelleft=False)
+        axes.set(frame_on=False, anchor="W")
     return figure

@@ -71,21 +71,17 @@ def load(source: str | Path) -> dict[str, Any]:
 
 def download(url: str) -> Path:
     """Return the file of a URL in torch.hub's cache; rank 0 downloads it, with a progress bar, while others wait."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(urlparse(url).path).name
-    problem = ""
-    # Processes that download to one file would overwrite each other's.
-    if distributed.is_primary() and not path.exists():
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    with distributed.primary_first():
+        if path.exists():
+            return path
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
         except Exception as error:
-            # All processes have to know, whatever it is.
-            problem = first_line(error)
-    # The others wait here.
-    problem = distributed.broadcast_object(problem)
-    if problem:
-        raise InputError(f"{url}: cannot be downloaded ({problem}); download it, and name the file")
+            # of any kind: names, connections and servers fail in many ways
+            reason = first_line(error)
+            raise InputError(f"{url}: cannot be downloaded ({reason}); download it, and name the file") from None
     return path
 
 
@@ -164,9 +160,9 @@ def load_weights(
 # Fine-tuning: start from weights made for other classes, sizes or channels
 
 
-def classifier_names(model: nn.Module) -> list[str]:
+def classifier_names(cfg: Mapping[str, Any]) -> list[str]:
     """Return the names of the modules that give the classes, for example head, head.fc or (head, head_dist)."""
-    names = model.pretrained_cfg.get("classifier") or ()
+    names = cfg.get("classifier") or ()
     return [names] if isinstance(names, str) else list(names)
 
 
@@ -184,10 +180,10 @@ def load_matching(
     """Load the weights that match, and print what did and what did not.
 
     A head of another shape stays as it was initialised, and the position embedding is resampled from the file's
-    `input_size`. Raises InputError when less than half of the tensors before the head match.
+    `input_size`. Raises InputError when less than half of the tensors match.
     """
     expected = model.state_dict()
-    heads = classifier_names(model)
+    heads = classifier_names(model.pretrained_cfg)
     resampled = resample_pos_embed(model, weights, input_size)
     shared = [name for name in expected if name in weights]
     matched = [name for name in shared if weights[name].shape == expected[name].shape]
@@ -203,18 +199,13 @@ def load_matching(
     counts = ", ".join(f"{len(k)} {what}{f' (first {k[0]})' if k else ''}" for what, k in report.items())
 
     # Many a model shares names and shapes with a ViT's attention, so a few matches mean nothing
-    backbone = sum(not is_below(name, heads) for name in expected)
-    loaded = sum(not is_below(name, heads) for name in matched)
-    in_file = sum(not is_below(name, heads) for name in weights)
-    if 2 * loaded < max(backbone, in_file):
+    if 2 * len(matched) < max(len(expected), len(weights)):
         raise InputError(
-            f"{source}: only {loaded} tensors match of the model's {backbone} before the head and the file's "
-            f"{in_file} ({counts}); did you mean another --model?"
+            f"{source}: only {len(matched)} tensors match of the model's {len(expected)} and the file's {len(weights)} "
+            f"({counts}); did you mean another --model?"
         )
     model.load_state_dict({name: weights[name] for name in matched}, strict=False)
     print0(f"Fine-tuning from {source}: {counts}")
-    if 20 * loaded < 19 * backbone:
-        print0(f"{backbone - loaded} of {backbone} tensors before the head start untrained: is it another --model?")
 
 
 def resample_pos_embed(model: nn.Module, weights: dict[str, Tensor], input_size: Sequence[int] | None = None) -> bool:
@@ -226,31 +217,23 @@ def resample_pos_embed(model: nn.Module, weights: dict[str, Tensor], input_size:
     """
     own = getattr(model, "pos_embed", None)
     saved = weights.get("pos_embed")
-    if own is None or saved is None or own.ndim != 3 or own.shape[2:] != saved.shape[2:]:
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if own is None or saved is None or grid is None or own.ndim != 3 or own.shape[2:] != saved.shape[2:]:
         return False
-    patch_embed = model.patch_embed
-    # Hiera's has none, and its model takes one size.
-    if not hasattr(patch_embed, "grid_size"):
-        return False
-    grid = tuple(patch_embed.grid_size)
     prefix = own.shape[1] - math.prod(grid)
 
-    # What precedes the patches in the file; in models such as DeiT III nothing does.
-    old_prefix = 0
-    if prefix:
-        tokens = ("cls_token", "dist_token", "reg_token")
-        old_prefix = sum(weights[name].shape[1] for name in tokens if name in weights)
-    positions = saved[:, old_prefix:]  # 1, H * W, C
-    count = positions.shape[1]
-    # Its grid; models that take any size keep the one they were built with, mostly a square.
-    old_grid = patch_embed.dynamic_feat_size(input_size or (0, 0))
+    # What precedes the patches in the file; in models such as DeiT III nothing does
+    tokens = ("cls_token", "dist_token", "reg_token") if prefix else ()
+    old_prefix = sum(weights[name].shape[1] for name in tokens if name in weights)
+    count = saved.shape[1] - old_prefix
+    # Its grid; models that take any size keep the one they were built with, mostly a square
+    old_grid = model.patch_embed.dynamic_feat_size(input_size or (0, 0))
     if math.prod(old_grid) != count:
-        side = math.isqrt(count)
-        old_grid = (side, side)
-    if math.prod(old_grid) != count or (old_prefix, old_grid) == (prefix, grid):
+        old_grid = (math.isqrt(count), math.isqrt(count))
+    if math.prod(old_grid) != count or (old_prefix, old_grid) == (prefix, tuple(grid)):
         return False
     resampled = resample_abs_pos_embed(
-        positions,
+        saved[:, old_prefix:],  # 1, H * W, C
         new_size=grid,
         old_size=old_grid,
         num_prefix_tokens=0,
