@@ -1,4 +1,4 @@
-"""Data sets and loaders: from --data-set and --data-path to batches.
+"""Data sets and loaders: from --data-set (names in util/config.py) and --data-path to batches.
 
 A run sees the same images, augmented in the same way, for the same seed, epoch and number of processes, whatever the
 number of workers: see data/sampler.py.
