@@ -231,8 +231,9 @@ def build_val_set(data: DataConfig, config: ModelConfig, classes: Sequence[str] 
         missing = np.setdiff1d(range(len(dataset.classes)), dataset.targets)
         if len(missing):
             names = describe_names([dataset.classes[i] for i in missing])
-            total = len(dataset.classes)
-            distributed.print0(f"The validation set lacks {len(missing)} of the {total} classes: {names}")
+            distributed.print0(
+                f"The validation set lacks {len(missing)} of the {len(dataset.classes)} classes: {names}"
+            )
     return dataset
 
 

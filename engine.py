@@ -5,7 +5,6 @@ The loops follow DeiT's engine (arXiv 2012.12877, https://github.com/facebookres
 
 import copy
 import math
-import random
 import statistics
 import timeit
 import warnings
@@ -14,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -33,14 +31,6 @@ from util.stop_signal import CONTINUE, STOP, StopSignal
 
 STEADY = 0.03  # spread of a benchmark's calls, as a share of their median
 TRAIN_STEP_MACS = 3  # MACs of a forward and backward pass, in multiples of the forward pass
-
-
-def seed_everything(*seed: int) -> None:
-    """Seed the main random streams from a few numbers, for example (seed, epoch, update)."""
-    a, b, c = np.random.SeedSequence(seed).generate_state(3).tolist()
-    random.seed(a)
-    np.random.seed(b)
-    torch.manual_seed(c)
 
 
 def train_one_epoch(
@@ -76,7 +66,7 @@ def train_one_epoch(
 
     for update in range(state.update, updates):
         # random numbers of its own for each update, so that a resumed run draws the same ones
-        seed_everything(seed, epoch, update)
+        distributed.seed_everything(seed, epoch, update)
         if keep_rate_schedule is not None:
             state.keep_rate = keep_rate_schedule(epoch * updates + update)
         state.optimizer.zero_grad(set_to_none=True)
@@ -99,8 +89,7 @@ def train_one_epoch(
         request = CONTINUE if stop is None else stop.agree()
         if request or state.update % print_freq == 0 or state.update == updates:
             losses = read_losses(pending, state)
-            first_update = epoch * updates + state.update - len(losses)
-            run_log.log_updates(first_update, losses, state.lr, keep_rate_schedule)
+            run_log.log_updates(epoch * updates + state.update - len(losses), losses, state.lr, keep_rate_schedule)
             state.seconds = progress.seconds
             progress.report(state.update, statistics.fmean(losses), state.lr)
         if request:
@@ -168,7 +157,7 @@ def diverged(what: str, state: TrainState) -> NonFiniteLossError:
     """Return the error of a training that diverged."""
     grads = [p.grad for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(grads).item() if grads else math.nan
-    scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0
+    scale = state.scaler.get_scale()
     return NonFiniteLossError(
         f"{what} in epoch {state.epoch + 1}, update {state.update} (lr {state.lr:.3g}, loss scale {scale:g}, "
         f"last gradient norm {norm:.3g}); the last checkpoint is intact; try a lower --lr, --clip-grad 1, longer "
@@ -285,10 +274,8 @@ def compare_steps(step: Callable, baseline_step: Callable, batch_size: int, pair
     Returns the ratio of the baseline's time to the step's (median of `pairs` turns, quartiles ratio_q1 and ratio_q3)
     and the medians images_per_s and baseline_images_per_s.
     """
-    turns = []
-    for _ in range(2 + pairs):
-        # The clock waits for accelerators
-        turns.append([timeit.timeit(call, timer=timer, number=1) for call in (step, baseline_step)])
+    # The clock waits for accelerators
+    turns = [[timeit.timeit(call, timer=timer, number=1) for call in (step, baseline_step)] for _ in range(2 + pairs)]
     # The first two turns warm up: they compile, allocate and choose kernels
     turns = turns[2:]
     # Of the ratios within a turn, not the ratio of the medians: the machine's speed drifts from turn to turn
@@ -320,9 +307,8 @@ def make_step(
     model = copy.deepcopy(model).train(train)
     if not train:
         reparameterize_model(model, inplace=True)
-    # After folding, which makes new weights.
-    if precision.channels_last:
-        model.to(memory_format=torch.channels_last)
+    # After folding, which makes new weights
+    precision.place(model)
     if compiled:
         model.compile()
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,7 +61,9 @@ def write_onnx(trained: TrainedModel, path: Path) -> None:
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401, which torch's exporter needs
+
+        # torch's exporter needs it
+        import_module("onnxscript")
     except ImportError as error:
         raise InputError(f"--onnx needs {error.name}: pip install -r requirements-extra.txt") from None
 

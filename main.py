@@ -51,8 +51,8 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
     config = options.model_config(args)
     teacher = None
     if args.distillation_type != "none":
-        name = args.teacher_model if "teacher_model" in args.given else None
-        teacher = build.load_teacher(args.teacher_path, config, args.teacher_model, name)
+        overrides = {"name": args.teacher_model} if "teacher_model" in args.given else {}
+        teacher = build.load_teacher(args.teacher_path, config, args.teacher_model, **overrides)
     if args.test_speed:
         measure_speed(args, config, precision)
 
@@ -68,7 +68,7 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
     val_loader = datasets.build_val_loader(val_set, data, batch_size=int(1.5 * args.batch_size))
 
     # Model, EMA, optimizer and schedule, as they begin or as they were saved
-    engine.seed_everything(args.seed + distributed.rank())
+    distributed.seed_everything(args.seed + distributed.rank())
     model = build_initial_model(args, config, precision)
     if args.finetune and not saved:
         build.init_from_checkpoint(model, args.finetune, args.use_ema)
@@ -170,9 +170,7 @@ def build_initial_model(args: argparse.Namespace, config: ModelConfig, precision
             print0("SOPE's batch norms stay local to each process: torch cannot synchronise them on a CPU")
         else:
             model.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(model.patch_embed)
-    model.to(precision.device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+    precision.place(model)
     distributed.broadcast_state(model)
     return model
 
@@ -288,22 +286,22 @@ def load_for_inference(args: argparse.Namespace) -> build.TrainedModel:
 def evaluate(args: argparse.Namespace, precision: Precision) -> None:
     """Evaluate a checkpoint on the validation set that it was trained with, or on the one that the flags name."""
     trained = load_for_inference(args)
+    config = trained.config
     data = options.data_config(args, precision.device, trained.data)
-    val_set = datasets.build_val_set(data, trained.config, trained.classes)
+    val_set = datasets.build_val_set(data, config, trained.classes)
     build.check_classes(trained.source, trained.classes, val_set.classes)
     if args.test_speed:
-        measure_speed(args, trained.config, precision)
-    print0(f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {trained.config.name}")
-    model = reparameterize_model(trained.model).to(precision.device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+        measure_speed(args, config, precision)
+    size = describe_size(config.input_size)
+    print0(f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {config.name} at {size}")
+    model = precision.place(reparameterize_model(trained.model))
     if args.compile:
         model.compile()
     test = engine.evaluate(
         model,
         datasets.build_val_loader(val_set, data, batch_size=int(1.5 * args.batch_size)),
         precision,
-        prepare=DeviceTransform(trained.config, precision),
+        prepare=DeviceTransform(config, precision),
     )
     log.print_accuracy(test)
     # within two standard deviations of guessing
@@ -379,7 +377,6 @@ def run(argv: list[str]) -> None:
         distributed.make_deterministic()
     if args.tf32:
         torch.set_float32_matmul_precision("high")
-    engine.seed_everything(args.seed + distributed.rank())
     if args.only_test_speed:
         measure_speed(args, options.model_config(args), precision)
     elif options.visualization_mode(args):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from util import options, stop_signal
@@ -42,11 +43,11 @@ FLAGS = (
 )
 
 
+@dataclass
 class Task:
     """One process of a job. submitit pickles it and calls it there."""
 
-    def __init__(self, flags: list[str]) -> None:
-        self.flags = flags
+    flags: list[str]
 
     def __call__(self) -> int:
         """Run main.py and return its exit status."""

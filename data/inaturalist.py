@@ -77,8 +77,11 @@ def read_split(
     # each in both layouts: only the first image is looked for
     with _name_errors(path):
         for image in content["images"]:
-            # for example train_val2018/Aves/3210/0a1b.jpg
-            folder, _, number, file = image["file_name"].split("/")
+            # for example train_val2018/Aves/3210/0a1b.jpg, and nothing outside the data set's folder
+            parts = image["file_name"].replace("\\", "/").split("/")
+            if {"", ".", ".."}.intersection(parts):
+                raise ValueError(f"{image['file_name']!r} is not FOLDER/GROUP/ID/IMAGE")
+            folder, _, number, file = parts
             files.append(image["file_name"])
             files_without_group.append(f"{folder}/{number}/{file}")
             targets.append(class_to_idx[names[int(number)]])

@@ -68,13 +68,13 @@ class ImagePaths(Sequence):
 class ImageDatabase:
     """The images of one database file, in today's format or the published one.
 
-    Opening reads a few pages, however many images there are. Works in workers of any start method, pickled or copied.
+    Opening reads the table, some 30 bytes per image. Works in workers of any start method, pickled or copied.
     Raises InputError, which names the file and the command that rebuilds it, if it is missing, cut, foreign or damaged.
 
     Attributes:
         classes: the class names, or numbers as strings where `has_class_names` is false.
-        labels: int32 [N], read in place and read-only; None in the published format.
-        paths: below the folder of the split, read in place; None in the published format.
+        labels: int32 [N], read-only; None in the published format.
+        paths: below the folder of the split; None in the published format.
     """
 
     # as in the published format

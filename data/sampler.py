@@ -14,6 +14,8 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
+from util.distributed import seed_everything
+
 # augmentations of each image under --repeated-aug
 REPEATS = 3
 
@@ -94,10 +96,6 @@ class SeededDataset(Dataset):
             torch.set_rng_state(torch_state)
 
     def _draw(self, index: int, epoch: int, position: int) -> tuple[Tensor, int]:
-        # timm's and torchvision's augmentations draw from all three streams
-        seeds = np.random.SeedSequence((self.seed, epoch, position)).generate_state(3).tolist()
-        random.seed(seeds[0])
-        np.random.seed(seeds[1])
         # torch.manual_seed would seed the accelerator's stream too
-        torch.default_generator.manual_seed(seeds[2])
+        seed_everything(self.seed, epoch, position, torch_seed=torch.default_generator.manual_seed)
         return self.dataset[index]

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,9 @@ def load_trained(
     values.setdefault("name", default_name)
     if values["name"] is None:
         raise InputError(f"{path}: does not say which model it is of; add --model NAME")
+    if not values["name"].endswith("_shrink_base"):
+        # an EViT's weights in a plain ViT
+        kwargs = {name: value for name, value in kwargs.items() if name not in EVIT_KWARGS}
     values["kwargs"] = kwargs
     values["input_size"] = resolve_input_size(values["name"], values.get("input_size"))
     classes = get_classes(saved)
@@ -193,14 +196,18 @@ def validate_fields(values: dict[str, Any]) -> dict[str, Any]:
     crop_ratio = float(values["crop_ratio"])
     if min(height, width, crop_ratio) <= 0:
         raise ValueError(f"an input size of {height}x{width} or a crop ratio of {crop_ratio}")
-    return {
+    # a later version may have more of them
+    fields = {
         **values,
         "name": str(values["name"]),
         "input_size": (height, width),
-        # the weights are in the file
-        "kwargs": {name: value for name, value in values["kwargs"].items() if name != "pretrained"},
+        # a file must not make timm load others
+        "kwargs": {
+            name: value for name, value in values["kwargs"].items() if name not in ("pretrained", "checkpoint_path")
+        },
         "crop_ratio": min(1.0, crop_ratio),
     }
+    return asdict(ModelConfig(**fields))
 
 
 def read_data_config(saved: Mapping[str, Any]) -> DataConfig | None:
@@ -229,13 +236,12 @@ def init_from_checkpoint(model: nn.Module, path: str, use_ema: bool) -> None:
     load_matching(model, get_weights(saved, path, use_ema), path, input_size)
 
 
-def load_teacher(path: str, student: ModelConfig, default_name: str, name: str | None = None) -> TrainedModel:
+def load_teacher(path: str, student: ModelConfig, default_name: str, **overrides: Any) -> TrainedModel:
     """Return the teacher of distillation for the student's images. Raises InputError where it does not fit.
 
-    It is the model that its file says, unless `name` is given, and `default_name` where its file does not say it. The
-    random stream stays as it is: the student starts from the weights that it would have without a teacher.
+    `default_name` is its model where its file does not say it; `overrides` are those of `load_trained`. The random
+    stream stays as it is: the student starts from the weights that it would have without a teacher.
     """
-    overrides = {} if name is None else {"name": name}
     with torch.random.fork_rng(devices=[]):
         return load_trained(
             path,

@@ -195,6 +195,8 @@ ROWS = {
     "damaged configuration": Row(
         EVAL, "run/checkpoint.pth", "use another", change(lambda s: s["config"].update(kwargs=3))
     ),
+    "damaged epoch": Row(RESUME, "epoch", "another", change(lambda s: s.update(epoch="x"))),
+    "later version": Row(EVAL, "novelty", "another", change(lambda s: s["config"].update(novelty=1))),
     "safetensors": Row(
         "--eval --resume x.safetensors", "x.safetensors", "use another", lambda: write_text("x.safetensors")
     ),

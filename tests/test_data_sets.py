@@ -232,6 +232,11 @@ def write_changed_inat(root: Path, part: str, index: int, **values: object) -> P
     [
         ("images", 4, {"file_name": "a/b/0"}),
         ("images", 4, {"file_name": "a/b/x/c.png"}),
+        ("images", 4, {"file_name": "/a/0/c.png"}),
+        ("images", 4, {"file_name": "a/../0/c.png"}),
+        ("images", 4, {"file_name": "a/b/0/..\\c"}),
+        ("images", 4, {"file_name": "a/b/-1/c"}),
+        ("images", 4, {"file_name": f"a/b/{'1' * 5000}/c.png"}),
         ("annotations", 3, {"category_id": 4}),
         ("annotations", 3, {"category_id": None}),
     ],

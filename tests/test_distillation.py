@@ -153,7 +153,7 @@ def test_the_student_starts_from_the_weights_it_would_have_without_a_teacher(tea
     torch.manual_seed(5)
     before = torch.get_rng_state()
     student = ModelConfig("deit_tiny_distilled_patch16_224", input_size=(32, 32))
-    teacher = load_teacher(str(teacher_file), student, "test_resnet", "test_resnet")
+    teacher = load_teacher(str(teacher_file), student, "test_resnet", name="test_resnet")
     assert teacher.model.num_classes == 10 and teacher.classes is None
     assert torch.equal(torch.get_rng_state(), before)
 

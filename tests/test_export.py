@@ -192,9 +192,9 @@ def test_a_checkpoint_is_believed_no_further_than_types_and_ranges(change, tiny_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_that_began_with_pretrained_weights_needs_them_no_more(tiny_run, tmp_path):
+def test_a_checkpoint_cannot_have_timm_fetch_or_load_other_files(tiny_run, tmp_path):
     saved = torch.load(tiny_run / "checkpoint.pth")
-    saved["config"]["kwargs"] |= {"pretrained": True}
+    saved["config"]["kwargs"] |= {"pretrained": True, "checkpoint_path": "/nowhere"}
     torch.save(saved, tmp_path / "c.pth")
     assert set(load_trained(tmp_path / "c.pth").model.state_dict()) == set(saved["model"])
 

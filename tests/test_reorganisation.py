@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +22,9 @@ import datasets
 import engine
 import main
 from data.transforms import DeviceTransform
-from models.build import load_trained
+from models.build import build_model, load_trained
 from util import checkpoint, command
-from util.config import DataConfig
+from util.config import DataConfig, ModelConfig
 from util.keep_rate import keep_rate_at
 from util.precision import Precision
 
@@ -218,3 +218,16 @@ def test_on_the_digits_half_the_tokens_are_as_good_as_all(tmp_path):
     model.load_state_dict(saved["model"])
     places = model.eval().trace_tokens(torch.zeros(1, 3, 28, 28))[1]
     assert [tokens.shape[1] for tokens in places.values()] == [36, 27]
+
+
+@torch.no_grad()
+def test_evits_weights_load_in_the_plain_transformer_too(tmp_path):
+    kwargs = {"embed_dim": 48, "num_heads": 2, "depth": 4}
+    config = ModelConfig(
+        "deit_tiny_patch16_shrink_base", 5, (32, 32), kwargs | {"drop_loc": (1,), "base_keep_rate": 0.5}
+    )
+    evit = build_model(config).eval()
+    torch.save({"config": asdict(config), "model": evit.state_dict()}, tmp_path / "evit.pth")
+    plain = load_trained(tmp_path / "evit.pth", name="deit_tiny_patch16_224").model
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(plain(images), evit(images, keep_rate=1.0))

@@ -162,7 +162,7 @@ def test_later_epochs_and_a_log_that_a_crash_cut_short_are_dropped(quick_run, qu
     shutil.copytree(quick_run, out)
     shutil.copy(out / "checkpoint.pth", out / "checkpoint_0002.pth")
     with open(out / "log.txt", "ab") as file:
-        file.write(b'{"epoch": 1}\n{"epoch": 2}\n\xff\x00\x00\n{"train_lr": 1e-06, "epo')
+        file.write(b'{"epoch": 1}\n{"epoch": 2}\n5\n\xff\x00\x00\n{"train_lr": 1e-06, "epo')
     run(*quick_flags, "--output_dir", str(out), "--resume", str(out / "checkpoint.pth"))
     lines = log_of(out)
     assert [line["epoch"] for line in lines] == [0, 1] and "train_loss" in lines[1]

@@ -23,8 +23,8 @@ import engine
 import speed_test
 from data.images import EncodedImage, decode_rgb
 from data.transforms import DeviceTransform, FastTransform, build_transform
-from engine import seed_everything
 from util.config import AugmentConfig, ModelConfig
+from util.distributed import seed_everything
 from util.errors import InputError
 from util.precision import Precision
 

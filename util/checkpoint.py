@@ -70,12 +70,6 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file, see `open_atomic`."""
-    with open_atomic(path) as file:
-        file.write(data)
-
-
 def link_atomic(source: Path, target: Path) -> None:
     """Replace `target` by another name of the file `source`, or by a copy where the file system has no links."""
     # not open_atomic's name: writing to what a kill left under this one would change a checkpoint
@@ -153,16 +147,13 @@ class TrainState:
             self.max_accuracy_ema = -1.0
             self.best_keep_rate = rate
         best = []
-        accuracy = test.get("test_acc1", -1.0)
-        if accuracy > self.max_accuracy:
-            self.max_accuracy = accuracy
-            self.best_epoch = self.epoch
-            best.append("best_checkpoint.pth")
-        accuracy = test.get("test_ema_acc1", -1.0)
-        if accuracy > self.max_accuracy_ema:
-            self.max_accuracy_ema = accuracy
-            self.best_epoch_ema = self.epoch
-            best.append("best_ema_checkpoint.pth")
+        # of the raw and of the EMA weights
+        for ema in ("", "_ema"):
+            accuracy = test.get(f"test{ema}_acc1", -1.0)
+            if accuracy > getattr(self, f"max_accuracy{ema}"):
+                setattr(self, f"max_accuracy{ema}", accuracy)
+                setattr(self, f"best_epoch{ema}", self.epoch)
+                best.append(f"best{ema}_checkpoint.pth")
         return best
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,7 +215,8 @@ class TrainState:
             for name in self.PROGRESS:
                 value = saved.get(name)
                 if value is not None:
-                    setattr(self, name, value)
+                    # a TypeError for what is no number
+                    setattr(self, name, +value)
             position = saved.get("position")
             if not position:
                 return

@@ -140,6 +140,12 @@ def parse_block_numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))
 
 
+# what argparse takes for kinds of flags that are no types
+ACTIONS = {
+    bool: {"action": "store_true"},
+    KeyValues: {"action": KeyValues, "nargs": "*"},
+    argparse.BooleanOptionalAction: {"action": argparse.BooleanOptionalAction},
+}
 # as default: the flag has none, and must be given
 REQUIRED = argparse.SUPPRESS
 
@@ -167,18 +173,12 @@ def add_flags(group, rows: Sequence[tuple]) -> None:
     brackets takes several values.
     """
     for flags, kind, default, text in rows:
-        if kind is bool:
-            kwargs = {"action": "store_true"}
-        elif kind is KeyValues:
-            kwargs = {"action": KeyValues, "nargs": "*"}
-        elif kind is argparse.BooleanOptionalAction:
-            kwargs = {"action": kind}
-        elif isinstance(kind, tuple):
+        if isinstance(kind, tuple):
             kwargs = {"choices": kind}
         elif isinstance(kind, list):
             kwargs = {"type": kind[0], "nargs": "+"}
         else:
-            kwargs = {"type": kind}
+            kwargs = ACTIONS.get(kind, {"type": kind})
         required = default is REQUIRED
         group.add_argument(*flags.split(), default=default, required=required, help=text, **kwargs)
 

@@ -75,8 +75,8 @@ def find_cfg(name: str, flag: str = "--model") -> timm.models.PretrainedCfg:
     """Return timm's configuration of a model. Raises InputError, naming the flag, for an unknown one."""
     if not timm.is_model(name):
         names = timm.list_models()
-        near = [n for n in names if name.lower().replace("-", "_") in n] or difflib.get_close_matches(name, names)
-        near = near or timm.list_models("dhvt*")
+        part = name.lower().replace("-", "_")
+        near = [n for n in names if part in n] or difflib.get_close_matches(name, names) or timm.list_models("dhvt*")
         raise InputError(f"{flag} {name}: no such model; for example {', '.join(near[:4])}")
     try:
         return timm.get_pretrained_cfg(name)

@@ -3,14 +3,16 @@
 import ctypes
 import gc
 import os
+import random
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -147,6 +149,14 @@ def make_deterministic() -> None:
     # filling uninitialised memory finds reads of it, and costs time
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
+
+
+def seed_everything(*numbers: int, torch_seed: Callable = torch.manual_seed) -> None:
+    """Seed the random streams of Python, NumPy and torch from a few numbers, for example (seed, epoch, update)."""
+    a, b, c = np.random.SeedSequence(numbers).generate_state(3).tolist()
+    random.seed(a)
+    np.random.seed(b)
+    torch_seed(c)
 
 
 def is_distributed() -> bool:

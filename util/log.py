@@ -21,7 +21,7 @@ from tensorboardX.summary import scalar
 from torch import Tensor, nn
 
 from util import distributed
-from util.checkpoint import TrainState, explain_write_errors, open_atomic, write_atomic
+from util.checkpoint import TrainState, explain_write_errors, open_atomic
 from util.distributed import print0
 from util.errors import InputError
 from util.precision import Precision
@@ -110,9 +110,11 @@ class RunLog:
             (self.folder / "runs").mkdir(parents=True, exist_ok=True)
             # nothing is written before the folder is ours
             self._lock_folder()
-            write_atomic(self.folder / "args.json", json.dumps(record, indent=1, default=str).encode())
+            with open_atomic(self.folder / "args.json") as file:
+                file.write(json.dumps(record, indent=1, default=str).encode())
             lines = "".join(json.dumps(line) + "\n" for line in self.read() if line["epoch"] < start_epoch)
-            write_atomic(self.folder / "log.txt", lines.encode())
+            with open_atomic(self.folder / "log.txt") as file:
+                file.write(lines.encode())
             # not SummaryWriter: a full disk ends its thread, and the run would wait for that forever
             self.events = EventsWriter(f"{self.folder}/runs/events")
 
@@ -187,7 +189,8 @@ class RunLog:
             # a crash may have cut the last line short
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(text))
-        return lines
+        # the folder may hold a log.txt of something else
+        return [line for line in lines if isinstance(line, dict) and "epoch" in line]
 
     def close(self) -> None:
         """Unlock the folder, and write what is left of the events."""
@@ -222,8 +225,7 @@ def draw_curves(lines: list[dict], title: str) -> Figure:
 
 def describe_versions() -> dict[str, str]:
     """Return the versions of what a result depends on, and this repository's commit."""
-    names = ("torch", "torchvision", "timm", "numpy", "PIL")
-    versions = {name: import_module(name).__version__ for name in names}
+    versions = {name: import_module(name).__version__ for name in ("torch", "torchvision", "timm", "numpy", "PIL")}
     versions["python"] = sys.version.split()[0]
     # git's output says where it, or the repository, is missing
     versions["git"] = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40')

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from util import distributed
 
@@ -35,6 +35,11 @@ class Precision:
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to the run's device and memory format, and return it."""
+        memory_format = torch.channels_last if self.channels_last else torch.preserve_format
+        return model.to(self.device, memory_format=memory_format)
 
     def to_memory_format(self, images: Tensor) -> Tensor:
         """Return images [B, C, H, W] in the run's memory format."""
