@@ -196,7 +196,6 @@ def validate_fields(values: dict[str, Any]) -> dict[str, Any]:
     crop_ratio = float(values["crop_ratio"])
     if min(height, width, crop_ratio) <= 0:
         raise ValueError(f"an input size of {height}x{width} or a crop ratio of {crop_ratio}")
-    # a later version may have more of them
     fields = {
         **values,
         "name": str(values["name"]),
@@ -207,6 +206,7 @@ def validate_fields(values: dict[str, Any]) -> dict[str, Any]:
         },
         "crop_ratio": min(1.0, crop_ratio),
     }
+    # a TypeError for a field of a later version
     return asdict(ModelConfig(**fields))
 
 
