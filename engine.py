@@ -299,7 +299,7 @@ def make_step(
     compiled: bool,
 ) -> Callable:
     """Return a function that runs a copy of the model on random images: one folded forward pass, or one update."""
-    # Already normalised and on the device: loading is measured by speed_test.py --loader.
+    # Already normalised and on the device: loading is measured by tests/bench_loader.py.
     shape = (batch_size, getattr(model, "in_chans", 3), *input_size)
     images = precision.to_memory_format(torch.randn(shape, device=precision.device))
     # Copies, since folding and training change the weights, and training the scale of the loss

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from util.config import DataConfig, ModelConfig, describe_size
 from util.distributed import print0
 from util.errors import InputError
 from util.keep_rate import keep_rate_at
-from util.precision import Precision, resolve_amp_dtype
+from util.precision import DTYPES, Precision, resolve_amp
 from util.stop_signal import StopSignal
 
 
@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
     criterion, mixup = build_loss_and_mixup(args, state, teacher, precision)
     distinct = train_loader.sampler.distinct_images(args.batch_size)
     log.print_run_summary(state, len(train_set), len(val_set), distinct)
-    with closing(log.RunLog(state.folder)) as run_log:
+    with log.RunLog(state.folder) as run_log:
         run_log.start(log.describe_run(state, precision), state.epoch + 1)
         run_epochs(args, state, train_loader, val_loader, criterion, mixup, frozen, run_log, precision, stop)
     log.print_best(state)
@@ -235,7 +235,7 @@ def build_loss_and_mixup(
     print0(f"Teacher {teacher.config.name}, {log.count_parameters(teacher.model)} parameters")
     distillation = DistillationLoss(
         loss,
-        teacher.model.to(precision.device),
+        precision.place(teacher.model),
         args.distillation_type,
         args.distillation_alpha,
         args.distillation_tau,
@@ -326,13 +326,17 @@ def visualize_model(args: argparse.Namespace, precision: Precision) -> None:
     folder = Path(args.output_dir or ".") / "visualization"
     written = visualize.write_pictures(
         options.visualization_mode(args),
-        trained.model.to(precision.device),
+        precision.place(trained.model),
         datasets.evenly_spaced(dataset, count),
         folder=folder,
-        classes=trained.classes or dataset.classes,
+        # the data's names are not those of other weights' outputs
+        classes=trained.classes or (dataset.classes if len(dataset.classes) == trained.model.num_classes else None),
         autocast=precision.autocast,
         device=precision.device,
         config=trained.config,
+        blocks=args.blocks,
+        file_format=args.format,
+        npz=args.npz,
     )
     print0(f"{len(written)} pictures of {count} images are in {folder}; open {written[-1]} first")
 
@@ -352,16 +356,9 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, precision: Prec
         f"{distributed.describe(precision.device)}, torch {torch.__version__}",
     ]
     print0("\n".join(lines))
+    how = {"compiled": args.compile, "gmacs": gmacs}
     for mode in ("inference", "train"):
-        row = engine.benchmark(
-            model,
-            config.input_size,
-            batch_size,
-            precision,
-            train=mode == "train",
-            compiled=args.compile,
-            gmacs=gmacs,
-        )
+        row = engine.benchmark(model, config.input_size, batch_size, precision, train=mode == "train", **how)
         lines.append(f"{mode}: {log.describe_speed(row)}")
         print0(lines[-1])
     if args.output_dir:
@@ -372,7 +369,9 @@ def run(argv: list[str]) -> None:
     args = options.parse(argv)
     device = distributed.init(args.device, args.dist_backend, args.dist_timeout)
     distributed.end_with_launcher()
-    precision = Precision(device, resolve_amp_dtype(args.amp, device), args.channels_last)
+    # what auto is here goes into the checkpoint, so that a resume elsewhere says that it is another
+    args.amp = resolve_amp(args.amp, device)
+    precision = Precision(device, DTYPES[args.amp], args.channels_last)
     if args.deterministic:
         distributed.make_deterministic()
     if args.tf32:

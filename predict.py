@@ -25,7 +25,7 @@ from util.command import (
 from util.distributed import pick_device
 from util.errors import InputError
 from util.options import model_overrides
-from util.precision import Precision, resolve_amp_dtype
+from util.precision import AMP_FLAG, DTYPES, Precision, resolve_amp
 
 FLAGS = (
     ("--topk", positive_int, 5, "number of classes per image"),
@@ -33,7 +33,7 @@ FLAGS = (
     ("--batch-size", positive_int, 32, "images per batch"),
     ("--num_workers", nonnegative_int, default_workers(), "processes that read images"),
     ("--device", str, None, "for example cuda, cuda:1 or cpu; default: the best there is"),
-    ("--amp", ("auto", "off", "fp16", "bf16"), "off", "mixed precision; auto: on CUDA"),
+    AMP_FLAG,
 )
 
 
@@ -56,14 +56,14 @@ def run(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     device = pick_device(args.device)
-    precision = Precision(device, resolve_amp_dtype(args.amp, device))
     files = [file for path in args.paths for file in find_images(path)]
 
     # notes on the checkpoint are not part of the JSON on stdout
     with redirect_stdout(sys.stderr):
         trained = load_trained(args.checkpoint, use_ema=args.use_ema, **model_overrides(args))
+        precision = Precision(device, DTYPES[resolve_amp(args.amp, device)])
     # fold the norm layers into the convolutions
-    model = reparameterize_model(trained.model).to(device)
+    model = precision.place(reparameterize_model(trained.model))
 
     loader = DataLoader(
         CheckedImages(files, None, [], build_transform(False, trained.config)),

@@ -2,30 +2,95 @@
 # Train by a recipe: [VARIABLES] bash run_code.sh [RECIPE] [main.py flags…]
 #
 #   digits (the default)    DHVT-T on scikit-learn's handwritten digits; nothing to download
-#   folder                  DHVT-T on your own train/CLASS/ and val/CLASS/, 224 px
-#   cifar100                DHVT-T on CIFAR-100, which is downloaded to DATA
-#   clipart infograph painting quickdraw real sketch    DHVT-T on one of DomainNet's sets
-#   imagenet                DHVT-T on ImageNet-1k
+#   folder                  DHVT on your own train/CLASS/ and val/CLASS/, 224 px
+#   cifar100                DHVT on CIFAR-100, which is downloaded to DATA
+#   deit-cifar100           DeiT instead, the paper's baseline
+#   clipart infograph painting quickdraw real sketch    DHVT on one of DomainNet's sets
+#   imagenet                DHVT on ImageNet-1k
+#   cifar100-224 clipart-100 painting-100 sketch-100    100 epochs at 224 px, the paper's Table 16
+#   ablation ROW            a row of the paper's ablations, on CIFAR-100; the rows are listed below
+#   digits-ablation [ROW]   a row with a small model on the digits; without ROW the ten of Tables 5 and 6, seeds 0 1 2
+#                           (30 runs), and compare.py
 #   evit                    EViT-S on ImageNet-1k, tokens fused, keep rate 0.7
 #   digits-evit             a small EViT on the digits that keeps all its tokens
-#   finetune-clipart        DHVT-S from an ImageNet checkpoint to clipart (finetune.sh runs this and what follows)
+#   finetune-clipart finetune-painting finetune-sketch finetune-cifar100
+#                           DHVT-S from an ImageNet checkpoint (finetune.sh runs these and what follows)
 #   finetune-evit           EViT-S from DeiT-S's checkpoint
 #   finetune-digits-evit    what digits-evit trained, tokens fused, keep rate 0.7
 #
 # Flags after the recipe's name override it. Run the same command again to resume.
 #   DATA=FOLDER   the data
-#   OUT=FOLDER    the output folder; default: output/RECIPE
+#   OUT=FOLDER    the output folder; default: output/RECIPE, with -SIZE, -patchN and -paper where they are set
 #   CKPT=FILE     what fine-tuning starts from
+#   SIZE=NAME     tiny or small: DHVT-T, the default except in fine-tuning, or DHVT-S
+#   PATCH=N       4, the default, or 2: patch size of cifar100 and deit-cifar100
+#   PAPER=1       batch size and learning rate as the paper states them, where the published scripts' are others
+#   SEEDS="0 1"   one run per seed, in OUT/seed0, OUT/seed1
 #   NGPU=N        number of processes; default: all GPUs, at most the recipe's 2 or 8, and a divisor of it. The batch
 #                 size per process stays the recipe's; with fewer processes gradients are accumulated so that the
 #                 effective batch size stays the same.
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")
+recipes="digits, folder, digits-evit, cifar100, deit-cifar100, imagenet, evit, clipart, infograph, painting, quickdraw, real, sketch, cifar100-224, clipart-100, painting-100, sketch-100, ablation, digits-ablation, finetune-clipart, finetune-painting, finetune-sketch, finetune-cifar100, finetune-evit and finetune-digits-evit"
+# in the paper's order: which of position embedding (ape), SOPE and DAFF; heads; norms of SOPE and DAFF, and batch size
+table5=(table5-{ape,ape-sope,ape-daff,ape-sope-daff,none,sope,daff,sope-daff})
+rows=("${table5[@]}" table6-{baseline,head-tokens,dhvt} table8-{mlp,split,split-aggregate,split-avgpool}
+    table9-{dhvt,all-tokens,no-shortcut} b22-{dhvt,vit-sope}-no-affine table10-{deit-tiny-{3,4},tiny-{3,4},small-{4,6,8}}
+    table11-{bn,ln}-{bn,ln}-{128,256,512})
 
 stop() {
     echo "run_code.sh: error: $1" >&2
     exit 2
+}
+
+# Run a command, pass signals on to it, and stop where it fails or was stopped.
+run() {
+    local status=0
+    "$@" &
+    # shellcheck disable=SC2064
+    trap "kill -TERM $! 2>/dev/null" TERM INT HUP QUIT USR1 USR2
+    wait $! || status=$?
+    # a signal ends the first wait only
+    ((status <= 128)) || { status=0 && wait $! || status=$?; }
+    trap - TERM INT HUP QUIT USR1 USR2
+    ((status == 0)) || exit "$status"
+}
+
+# Set model, kwargs (its arguments) and batch (effective batch size) to those of a row of the ablations.
+set_row() {
+    local vit=(sope=false daff=false head_tokens=false pos_embed=learn)
+    model=dhvt_tiny_cifar_patch4
+    kwargs=()
+    batch=512
+    [[ " ${rows[*]} " == *" $1 "* ]] || stop "$recipe ${1:-without a row}: the rows are ${rows[*]}"
+    case $1 in
+    table5-*)
+        kwargs=(head_tokens=false)
+        [[ $1 != *-ape* ]] || kwargs+=(pos_embed=learn)
+        [[ $1 == *-sope* ]] || kwargs+=(sope=false)
+        [[ $1 == *-daff* ]] || kwargs+=(daff=false)
+        ;;
+    table6-baseline | table8-mlp) kwargs=("${vit[@]}") ;;
+    table6-head-tokens) kwargs=(sope=false daff=false pos_embed=learn) ;;
+    table6-dhvt | table9-dhvt) ;;
+    table8-*) kwargs=("${vit[@]}" "ffn=$(tr - _ <<<"${1#table8-}")") ;;
+    table9-all-tokens) kwargs=(aggregate=all) ;;
+    table9-no-shortcut) kwargs=(shortcut=false) ;;
+    b22-dhvt-no-affine) kwargs=(affine=false) ;;
+    b22-vit-sope-no-affine) kwargs=(daff=false head_tokens=false pos_embed=learn affine=false) ;;
+    table10-deit-tiny-*) kwargs=("${vit[@]}" "num_heads=${1##*-}") ;;
+    table10-tiny-*) kwargs=("num_heads=${1##*-}") ;;
+    table10-small-*)
+        model=dhvt_small_cifar_patch4
+        batch=256
+        kwargs=("num_heads=${1##*-}")
+        ;;
+    table11-*)
+        IFS=- read -r _ sope_norm daff_norm batch <<<"$1"
+        kwargs=("sope_norm=$sope_norm" "daff_norm=$daff_norm")
+        ;;
+    esac
 }
 
 recipe=digits
@@ -33,6 +98,7 @@ case ${1:-} in
 -h | --help)
     # the comment at the top of this file
     sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}"
+    echo "rows: ${rows[*]}"
     exit
     ;;
 '' | -*) ;;
@@ -42,32 +108,74 @@ case ${1:-} in
     ;;
 esac
 
+size=${SIZE:-tiny}
+patch=${PATCH:-4}
+name=$recipe${SIZE:+-$SIZE}${PATCH:+-patch$PATCH}${PAPER:+-paper}
 common=(--opt adamw --weight-decay 0.05)
+small_images=(--data-set DIGITS --batch-size 32 --unscale-lr --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0
+    --drop-path 0 --model-ema-decay 0.98)
 processes=2
+# which variables choose a variant of the recipe, and the paper's effective batch size
+takes=
+paper_batch=
 case $recipe in
 digits)
     processes=1
-    flags=(--model dhvt_tiny_cifar_patch4 --data-set DIGITS --epochs 8 --batch-size 32 --lr 1e-3 --unscale-lr
-        --warmup-epochs 1 --warmup-lr 3e-4 --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0 --drop-path 0
-        --model-ema-decay 0.98)
+    flags=(--model dhvt_tiny_cifar_patch4 "${small_images[@]}" --epochs 9 --lr 1e-3 --warmup-epochs 1 --warmup-lr 3e-4)
     ;;
 folder)
-    flags=("${common[@]}" --model dhvt_tiny_imagenet_patch16 --data-set FOLDER --batch-size 128
+    takes=SIZE
+    flags=("${common[@]}" --model "dhvt_${size}_imagenet_patch16" --data-set FOLDER --batch-size 128
         --lr 1e-3 --epochs 300 --warmup-epochs 20)
     ;;
-cifar100)
-    flags=("${common[@]}" --model dhvt_tiny_cifar_patch4 --data-set CIFAR --input-size 32 --batch-size 256
+cifar100 | deit-cifar100)
+    takes="SIZE PATCH PAPER"
+    [[ $size == tiny ]] && paper_batch=512 || paper_batch=256
+    model=(--model "dhvt_${size}_cifar_patch$patch")
+    [[ $recipe == cifar100 ]] || model=(--model "deit_${size}_patch16_224" --model-kwargs "patch_size=$patch")
+    # the paper's DeiT-T has as many as DHVT-T; DeiT-S keeps its six
+    [[ $recipe-$size != deit-cifar100-tiny ]] || model+=(num_heads=4)
+    flags=("${common[@]}" "${model[@]}" --data-set CIFAR --input-size 32 --batch-size 256
         --lr 1e-3 --epochs 300 --warmup-epochs 5)
     ;;
-clipart | infograph | painting | quickdraw | real | sketch)
-    flags=("${common[@]}" --model dhvt_tiny_domain_patch16 --data-set "$recipe" --input-size 224 --batch-size 128
-        --lr 1e-3 --epochs 300 --warmup-epochs 20)
+ablation)
+    takes=PAPER
+    set_row "${1:-}"
+    name+=/$1
+    shift
+    paper_batch=$batch
+    flags=("${common[@]}" --model "$model" --model-kwargs "${kwargs[@]}" --data-set CIFAR --input-size 32
+        --batch-size $((batch / 2)) --lr 1e-3 --epochs 300 --warmup-epochs 10)
+    ;;
+digits-ablation)
+    processes=1
+    if [[ ${1:-} == '' || $1 == -* ]]; then
+        out=${OUT:-output/$recipe}
+        # the baseline is the first row of both tables
+        ten=("${table5[@]}" table6-head-tokens table6-dhvt)
+        for row in "${ten[@]}"; do
+            SEEDS=${SEEDS:-0 1 2} OUT=$out/$row run bash "${BASH_SOURCE[0]}" digits-ablation "$row" "$@"
+        done
+        exec python "$here/compare.py" "${ten[@]/#/$out/}" --out "$out"
+    fi
+    set_row "$1"
+    name+=/$1
+    shift
+    flags=(--model "$model" --model-kwargs "${kwargs[@]}" embed_dim=64 depth=6 "${small_images[@]}" --epochs 10 --lr 2e-3
+        --warmup-epochs 1)
+    ;;
+clipart | infograph | painting | quickdraw | real | sketch | clipart-100 | painting-100 | sketch-100 | cifar100-224)
+    takes="SIZE PAPER"
+    [[ $size == tiny ]] && paper_batch=256 || paper_batch=128
+    [[ $recipe == *-* ]] && epochs=100 || epochs=300
+    data_set=${recipe%-*}
+    flags=("${common[@]}" --model "dhvt_${size}_domain_patch16" --data-set "${data_set/cifar100/CIFAR}" --input-size 224
+        --batch-size 128 --lr 1e-3 --epochs $epochs --warmup-epochs 20)
     ;;
 digits-evit | finetune-digits-evit)
     processes=1
-    flags=(--model deit_tiny_patch16_shrink_base --data-set DIGITS --input-size 28
-        --model-kwargs patch_size=4 embed_dim=64 num_heads=2 depth=6 --drop_loc 2,4 --batch-size 32 --unscale-lr
-        --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0 --drop-path 0 --model-ema-decay 0.98)
+    flags=(--model deit_tiny_patch16_shrink_base "${small_images[@]}" --input-size 28
+        --model-kwargs patch_size=4 embed_dim=64 num_heads=2 depth=6 --drop_loc 2,4)
     if [[ $recipe == digits-evit ]]; then
         flags+=(--epochs 40 --lr 2e-3 --warmup-epochs 3 --base_keep_rate 1)
     else
@@ -88,17 +196,32 @@ finetune-evit)
         --shrink_start_epoch 0 --shrink_epochs 0)
     ;;
 imagenet)
-    flags=("${common[@]}" --model dhvt_tiny_imagenet_patch16 --data-set IMNET --input-size 224 --batch-size 128
+    takes="SIZE PAPER"
+    paper_batch=512
+    flags=("${common[@]}" --model "dhvt_${size}_imagenet_patch16" --data-set IMNET --input-size 224 --batch-size 128
         --lr 5e-4 --epochs 300 --warmup-epochs 10)
     ;;
-finetune-clipart)
-    flags=("${common[@]}" --model dhvt_small_imagenet_patch16 --data-set clipart --input-size 224 --batch-size 128
-        --lr 5e-4 --min-lr 1e-6 --weight-decay 1e-8 --epochs 100 --warmup-epochs 2 --no-repeated-aug)
+finetune-clipart | finetune-painting | finetune-sketch | finetune-cifar100)
+    takes="SIZE PAPER"
+    paper_batch=256
+    data_set=${recipe#finetune-}
+    flags=("${common[@]}" --model "dhvt_${SIZE:-small}_imagenet_patch16" --data-set "${data_set/cifar100/CIFAR}"
+        --input-size 224 --batch-size 128 --lr 5e-4 --min-lr 1e-6 --weight-decay 1e-8 --epochs 100 --warmup-epochs 2
+        --no-repeated-aug)
     ;;
 *)
-    stop "no recipe $recipe; they are digits, folder, digits-evit, cifar100, imagenet, evit, clipart, infograph, painting, quickdraw, real, sketch, finetune-clipart, finetune-evit and finetune-digits-evit"
+    stop "no recipe $recipe; they are $recipes"
     ;;
 esac
+
+for variable in SIZE PATCH PAPER; do
+    [[ -z ${!variable:-} || " $takes " == *" $variable "* ]] || stop "$recipe has no $variable: leave it out"
+done
+[[ $size =~ ^(tiny|small)$ ]] || stop "SIZE=$size: give tiny or small"
+[[ $patch =~ ^[24]$ ]] || stop "PATCH=$patch: give 4 or 2"
+[[ ${PAPER:-1} == 1 ]] || stop "PAPER=$PAPER: give 1, or leave it out"
+# the paper's rates are taken as they stand, not scaled by the batch size
+[[ -z ${PAPER:-} ]] || flags+=(--batch-size $((paper_batch / processes)) --unscale-lr)
 
 if [[ $recipe == finetune-* ]]; then
     [[ -n ${CKPT:-} ]] || stop "$recipe needs the checkpoint to start from: CKPT=FILE bash finetune.sh …"
@@ -107,7 +230,7 @@ if [[ $recipe == finetune-* ]]; then
 fi
 if [[ $recipe != *digits* ]]; then
     [[ -n ${DATA:-} ]] || stop "$recipe needs its data: set DATA=FOLDER before the command"
-    [[ -d $DATA || $recipe == cifar100 ]] || stop "DATA=$DATA: no such folder"
+    [[ -d $DATA || " ${flags[*]} " == *" CIFAR "* ]] || stop "DATA=$DATA: no such folder"
     flags+=(--data-path "$DATA")
 fi
 
@@ -126,5 +249,9 @@ launch=(python)
 # a signal reaches the processes, which save the step they are in
 ((ngpu == 1)) || launch=(torchrun --standalone --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
     "--nproc_per_node=$ngpu")
-exec "${launch[@]}" "$here/main.py" "${flags[@]}" --accum-steps $((processes / ngpu)) \
-    --output_dir "${OUT:-output/$recipe}" --resume auto "$@"
+out=${OUT:-output/$name}
+command=("${launch[@]}" "$here/main.py" "${flags[@]}" --accum-steps $((processes / ngpu)) --resume auto)
+[[ -n ${SEEDS:-} ]] || exec "${command[@]}" --output_dir "$out" "$@"
+for seed in $SEEDS; do
+    run "${command[@]}" --output_dir "$out/seed$seed" "$@" --seed "$seed"
+done

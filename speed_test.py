@@ -1,10 +1,7 @@
 """Throughput and MACs of any timm models, side by side; no data and no weights are needed.
 
-    python speed_test.py dhvt_tiny_imagenet_patch16 deit_tiny_patch16_224 --batch-size 1 16 --output_dir OUT
-    python speed_test.py deit_small_patch16_shrink_base:base_keep_rate=0.5 --baseline deit_small_patch16_224
-    python speed_test.py --loader DATA
-
-The last one measures how many training images per second the loader delivers.
+python speed_test.py dhvt_tiny_imagenet_patch16 deit_tiny_patch16_224 --batch-size 1 16 --output_dir OUT
+python speed_test.py deit_small_patch16_shrink_base:base_keep_rate=0.5 --baseline deit_small_patch16_224
 """
 
 import csv
@@ -12,26 +9,21 @@ import json
 import re
 import sys
 from argparse import Namespace
-from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
 
-import datasets
 import engine
 from models.build import build_model, resolve_input_size
 from util import distributed
 from util.command import (
     Parser,
     add_flags,
-    nonnegative_int,
     number,
     parse_key_values,
     parse_size,
@@ -39,9 +31,8 @@ from util.command import (
     positive_int,
     run_command,
 )
-from util.config import DATA_SETS, AugmentConfig, DataConfig, ModelConfig, describe_size, is_native_size
-from util.errors import InputError
-from util.precision import Precision, resolve_amp_dtype
+from util.config import ModelConfig, describe_size
+from util.precision import AMP_FLAG, DTYPES, Precision, resolve_amp
 from util.weights import first_line
 
 # The default models: the backbones of figure 4 of EViT (arXiv 2202.07800), DHVT and EViT. With the ImageNet-1k top-1
@@ -76,14 +67,10 @@ HEADER = (
 
 # The columns of a row that the plot has on its x axes.
 AXES = {
-    "gmacs": "GMACs per image",
+    "gmacs": "GMACs per image (best batch size)",
     "top1": "published ImageNet-1k top-1 (%)",
-    "batch_size": "batch size",
+    "batch_size": "batch size (largest images)",
 }
-
-# Ways of loading: --transform, and a train.lmdb beside the folders.
-LOADERS = ("timm", "fast", "fast, LMDB")
-
 
 FLAGS = (
     ("--baseline", str, None, "model that each model is timed in turns with, to print the ratio"),
@@ -94,16 +81,11 @@ FLAGS = (
     ("--image-sizes", [positive_int], None, "sweep square images of these sizes instead"),
     ("--seconds", positive_float, 1.0, "shortest length of a repeat; at least five are timed"),
     # fewer have no quartiles
-    ("--pairs", number(int, lambda v: v >= 2, "at least 2"), None, "turns; default: 15, with --loader 5"),
-    ("--output_dir", str, None, "folder for speed.csv, .json and .png, or loader.csv and .json"),
-    # the training input instead of models
-    ("--loader", str, None, "instead of models: folder of training data, to measure how fast it is loaded"),
-    ("--data-set", DATA_SETS, "FOLDER", "with --loader: the data set, as for main.py"),
-    ("--no-repeated-aug", bool, False, "with --loader: each image once per epoch"),
-    ("--workers", [nonnegative_int], [1, datasets.default_workers()], "with --loader: numbers of workers to try"),
+    ("--pairs", number(int, lambda v: v >= 2, "at least 2"), 15, "number of turns with --baseline"),
+    ("--output_dir", str, None, "folder for speed.csv, .json and .png"),
     # how models run
     ("--device", str, None, "for example cuda, cuda:1 or cpu; default: the best there is"),
-    ("--amp", ("auto", "off", "fp16", "bf16"), "auto", "mixed precision, as for main.py"),
+    AMP_FLAG,
     ("--compile", bool, False, "torch.compile"),
     ("--channels-last", bool, False, "channels-last memory format"),
     ("--grad-checkpointing", bool, False, "recompute activations in the backward pass"),
@@ -117,7 +99,7 @@ def resolve_models(words: Sequence[str], size: Sequence[int] | None) -> dict[str
         # the keys of TOP1 are words too
         pattern, *pairs = re.split("[:, ]", word)
         kwargs = parse_key_values(pairs, word)
-        # timm lists no names with a tag, and none that do not exist: resolve_input_size takes the ones, not the others
+        # timm lists no names with a tag, and none that do not exist: resolve_input_size accepts the former only
         for name in timm.list_models(pattern) or [pattern]:
             input_size = resolve_input_size(name, parse_size(size), "model")
             configs[" ".join([name, *pairs])] = ModelConfig(name, input_size=input_size, kwargs=kwargs)
@@ -125,8 +107,8 @@ def resolve_models(words: Sequence[str], size: Sequence[int] | None) -> dict[str
 
 
 def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
-    """Yield a row per model, mode and batch size; where a model fails, one with the error."""
-    precision = Precision(device, resolve_amp_dtype(args.amp, device), args.channels_last)
+    """Print the head of the table; yield a row per model, mode and batch size, or one with the error."""
+    precision = Precision(device, DTYPES[resolve_amp(args.amp, device)], args.channels_last)
     sizes = [[side] for side in args.image_sizes or ()] or [args.input_size]
     modes = ["inference", "train"] if args.mode == "both" else [args.mode]
     # On an accelerator batches grow until one does not fit into its memory.
@@ -146,7 +128,7 @@ def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
                 "model": label,
                 "mode": mode,
                 "input_size": describe_size(config.input_size),
-                "top1": TOP1.get(label),
+                "top1": TOP1.get(label) if config.input_size == (224, 224) else None,
                 "baseline": args.baseline,
                 "precision": computing,
             }
@@ -166,7 +148,7 @@ def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
                     if args.baseline:
                         step = engine.make_step(model, config.input_size, **how)
                         baseline_step = engine.make_step(baseline, baseline_config.input_size, **how)
-                        result = engine.compare_steps(step, baseline_step, batch_size, args.pairs or 15)
+                        result = engine.compare_steps(step, baseline_step, batch_size, args.pairs)
                     else:
                         result = engine.benchmark(
                             model,
@@ -181,54 +163,10 @@ def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
                 yield row | {"error": first_line(error).partition(". ")[0]}
 
 
-def measure_loaders(args: Namespace, device: torch.device) -> Iterator[dict]:
-    """Yield a row per number of workers and way of loading: whole epochs, in turns with timm's transform."""
-    # CIFAR and the digits come in 32 px
-    side = 32 if is_native_size(args.data_set, (32, 32)) else 224
-    size = parse_size(args.input_size) or (side, side)
-    batch_size = (args.batch_size or [32])[0]
-    for workers in args.workers:
-        conditions = (
-            f"{args.data_set} at {describe_size(size)}, batch {batch_size}, {workers} worker(s), default recipe, "
-            f"repeated augmentation {'off' if args.no_repeated_aug else 'on'}"
-        )
-        print(conditions)
-        timm_step = None
-        for name in LOADERS:
-            transform, _, lmdb = name.partition(", ")
-            if lmdb and not Path(args.loader, "train.lmdb").exists():
-                continue
-            data = DataConfig(
-                args.data_set,
-                args.loader,
-                lmdb=bool(lmdb),
-                transform=transform,
-                num_workers=workers,
-            )
-            dataset = datasets.build_train_set(data, ModelConfig("", input_size=size), AugmentConfig())
-            loader = datasets.build_train_loader(
-                dataset,
-                data,
-                batch_size=batch_size,
-                repeated_aug=not args.no_repeated_aug,
-                seed=0,
-            )
-            # A deque without room runs through an epoch.
-            step = partial(deque, loader, maxlen=0)
-            timm_step = timm_step or step
-            row = engine.compare_steps(step, timm_step, len(loader) * batch_size, args.pairs or 5)
-            yield {"loader": name, "workers": workers, "conditions": conditions, **row}
-
-
 def format_row(row: dict) -> str:
-    """Return the line that is printed of a row of `measure_models` or `measure_loaders`."""
+    """Return the line that is printed of a row."""
     if "error" in row:
         return f"{row['model']} {row['mode']}: failed ({row['error']})"
-    if "loader" in row:
-        return (
-            f"{row['loader']:<12}{row['images_per_s']:>9.1f} images/s, {row['ratio']:.2f} times timm's "
-            f"(quartiles {row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
-        )
     text = (
         f"{row['model']:<43} {row['mode']:<9} {row['batch_size']:<5} {row['input_size']:<8} {row['gmacs']:<7.3f} "
         f"{row['images_per_s']:<9.1f} "
@@ -256,32 +194,44 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
     rows = [row for row in rows if "error" not in row]
     if not rows:
         return
+    baseline = rows[0]["baseline"]
     modes = dict.fromkeys(row["mode"] for row in rows)
     models = dict.fromkeys(row["model"] for row in rows)
-    keys = [key for key in AXES if any(row[key] for row in rows)]
+    # an axis on which all rows are at one place shows nothing
+    keys = [key for key in AXES if len({row[key] for row in rows} - {None}) > 1] or ["batch_size"]
     # Of the rows at one x the last one is drawn: the largest image, and its best batch size.
     rows.sort(key=itemgetter("gmacs", "images_per_s"))
 
     # A line of panels per mode, and room for the legend
-    figure = Figure((19, 4 * len(modes)), layout="constrained")
+    figure = Figure((5.5 * len(keys) + 3.5, 4 * len(modes) + 0.5), layout="constrained")
     grid = figure.subplots(len(modes), len(keys), squeeze=False)
     for axes, (mode, key) in zip(grid.flat, product(modes, keys), strict=True):
         for i, model in enumerate(models):
-            points = {
-                row[key]: row["images_per_s"]
-                for row in rows
-                # its accuracy may not be known
-                if (row["model"], row["mode"]) == (model, mode) and row[key]
-            }
+            # one row per x, and none where its accuracy is not known
+            found = {row[key]: row for row in rows if (row["model"], row["mode"]) == (model, mode) and row[key]}
+            points = [found[x] for x in sorted(found)]
+            x = [row[key] for row in points]
+            y = [row["images_per_s"] for row in points]
+            bars = [row["images_per_s"] * row.get("spread", 0) / 200 for row in points]
             # colors repeat after ten models
-            axes.plot(*np.transpose(sorted(points.items())), label=model, marker="osD^v"[i // 10 % 5])
+            axes.errorbar(x, y, bars, label=model, color=f"C{i % 10}", marker="osD^v"[i // 10 % 5], capsize=2)
+            unsteady = [i for i, row in enumerate(points) if not row.get("steady", True)]
+            axes.plot(x, y, "wo", ms=3, ls="", markevery=unsteady, zorder=3)
+            if baseline:
+                axes.plot(x, [row["baseline_images_per_s"] for row in points], "kx:")
         axes.set(title=mode, xlabel=AXES[key], ylabel="images/s")
         axes.grid()
+        axes.set_ylim(bottom=0)
         if key == "batch_size":
             axes.set_xscale("log", base=2)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+            axes.xaxis.set_major_formatter("{x:g}")
+    # what holds for all panels
+    axes.plot([], [], "wo", ms=3, mec="grey", label="white dot: unsteady")
+    if baseline:
+        axes.plot([], [], "kx:", label=f"{baseline}, in turns")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", title="bars: interquartile range")
+    figure.suptitle(f"{title}, {rows[0]['precision']}")
+    figure.savefig(path, dpi=200)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -294,26 +244,22 @@ def run(argv: Sequence[str]) -> None:
     )
     add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
-    if args.models and args.loader:
-        raise InputError("give models to measure or --loader DATA, not both")
     device = distributed.pick_device(args.device)
     where = f"{distributed.describe(device)}, torch {torch.__version__}, timm {timm.__version__}"
     print(where)
-    # both print as they go and yield rows
-    measure = measure_loaders if args.loader else measure_models
-    path = args.output_dir and Path(args.output_dir, "loader" if args.loader else "speed")
+    path = args.output_dir and Path(args.output_dir, "speed")
     rows = []
     if path:
         # A folder that cannot be written to is found out now, and not after hours.
         save(rows, where, path)
-    for row in measure(args, device):
+    for row in measure_models(args, device):
         rows.append(row)
         print(format_row(row), flush=True)
         # What was measured stays when a sweep is stopped.
         if path:
             save(rows, where, path)
-    if path and not args.loader:
-        draw(rows, where, path)
+    if path:
+        draw(rows, where, path.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,8 @@ Paper: Bridging the Gap Between Vision Transformers and Convolutional Neural Net
 arXiv 2210.05958. Published code: https://github.com/ArieSeirack/DHVT
 
 Only what differs from a ViT is here: SOPE (patch embedding), HI-MHSA (attention) and DAFF (feed-forward). Names of
-modules and parameters, and their order, are those of the published code, so that its checkpoints load.
+modules and parameters, and their order, are those of the published code, so that its checkpoints load. The arguments
+of the paper's ablations, and the layers that only they need, are described in ablations.py.
 
 Shape comments: B images, N tokens (class token first), C channels, h heads, d = C / h, H x W patches.
 `dd` is the device and dtype of new parameters, as in timm.
@@ -13,15 +14,18 @@ Shape comments: B images, N tokens (class token first), C channels, h heads, d =
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed, get_device_dtype, to_2tuple, trunc_normal_
 from timm.models import VisionTransformer, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from torch import Tensor, _assert, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.ablations import FFNS, NORMS, check_arguments
 
 # timm adds the names of the variants
 __all__ = ["DHVT"]
@@ -50,7 +54,7 @@ class SOPE(PatchEmbed):
     """Sequential overlapping patch embedding (section 3.1): images [B, in_chans, *, *] -> tokens [B, HW, C].
 
     3x3 convolutions of stride 2 with batch norms, between two affine maps. A side of s pixels gives
-    ceil(s / patch_size) patches.
+    ceil(s / patch_size) patches. Patch size 8 is not in the paper.
     """
 
     # timm's name for sides that are padded to whole patches, which the convolutions do: the grid is rounded up. It is
@@ -63,10 +67,12 @@ class SOPE(PatchEmbed):
         patch_size: int,
         in_chans: int,
         embed_dim: int,
+        affine: bool = True,
+        norm: str = "bn",
         **kwargs,
     ) -> None:
-        if patch_size not in (2, 4, 16):
-            raise ValueError(f"SOPE has patch sizes 2, 4 and 16, not {patch_size}")
+        if patch_size not in (2, 4, 8, 16):
+            raise ValueError(f"SOPE has patch sizes 2, 4, 8 and 16, not {patch_size}")
         kwargs["dynamic_img_pad"] = True
         super().__init__(img_size, patch_size, in_chans, embed_dim, **kwargs)
         dd = get_device_dtype(self)
@@ -75,12 +81,12 @@ class SOPE(PatchEmbed):
         layers = []
         for dim, out_dim in pairwise([in_chans, *dims]):
             conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False, **dd)
-            layers.append(nn.Sequential(conv, nn.BatchNorm2d(out_dim, **dd)))
+            layers.append(nn.Sequential(conv, NORMS[norm](out_dim, **dd)))
             layers.append(GELU())
         # GELU between the convolutions, and after one that is alone; this replaces timm's single convolution
         self.proj = nn.Sequential(*layers[: max(2, len(layers) - 1)])
-        self.pre_affine = Affine(in_chans, **dd)
-        self.post_affine = Affine(embed_dim, **dd)
+        self.pre_affine = Affine(in_chans, **dd) if affine else nn.Identity()
+        self.post_affine = Affine(embed_dim, **dd) if affine else nn.Identity()
 
     def _init_img_size(self, img_size: int | tuple[int, int]) -> tuple:
         img_size = to_2tuple(img_size)
@@ -90,7 +96,7 @@ class SOPE(PatchEmbed):
     def reparameterize(self) -> None:
         """Fold the batch norms for inference; timm's `reparameterize_model` calls this on a copy of a model."""
         for i, layer in enumerate(self.proj):
-            if isinstance(layer, nn.Sequential):
+            if isinstance(layer, nn.Sequential) and not isinstance(layer[1], nn.LayerNorm):
                 self.proj[i] = fuse_conv_bn_eval(*layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +117,7 @@ class HeadInteractedAttention(Attention):
     def __init__(self, dim: int, num_heads: int = 8, proj_drop: float = 0.0, **kwargs) -> None:
         super().__init__(dim, num_heads, **kwargs)
         dd = get_device_dtype(self)
-        # head embedding, by the published name
+        # head embedding, by the published name; with weight decay, as published
         self.pos_embed = nn.Parameter(torch.zeros(1, num_heads, dim, **dd))  # 1, h, C
         self.ht_proj = nn.Linear(self.head_dim, dim, **dd)
         self.ht_norm = nn.LayerNorm(self.head_dim, **dd)
@@ -146,6 +152,7 @@ class DAFF(nn.Module):
 
     DHVT sets `grid_size` (H, W). `norm_layer`, `bias` and `drop` of timm's blocks are unused: the published DAFF has
     batch norms, biases and no dropout. An `act_layer` whose backward pass reads its output (ReLU) cannot be trained.
+    The arguments after those are for ablations: see ablations.py.
     """
 
     def __init__(
@@ -156,23 +163,31 @@ class DAFF(nn.Module):
         norm_layer=None,
         bias=True,
         drop=0.0,
+        shortcut: bool = True,
+        aggregate: str = "cls",
+        norm: str = "bn",
         **dd,
     ) -> None:
         super().__init__()
+        make_norm = NORMS[norm]
+        self.shortcut = shortcut
+        self.aggregate = aggregate
         self.grid_size = (0, 0)
         self.act = act_layer()
         self.conv1 = nn.Conv2d(in_features, hidden_features, 1, **dd)
         self.conv2 = nn.Conv2d(hidden_features, hidden_features, 3, padding=1, groups=hidden_features, **dd)
         self.conv3 = nn.Conv2d(hidden_features, in_features, 1, **dd)
-        self.bn1 = nn.BatchNorm2d(hidden_features, **dd)
-        self.bn2 = nn.BatchNorm2d(hidden_features, **dd)
-        self.bn3 = nn.BatchNorm2d(in_features, **dd)
-        self.compress = nn.Linear(in_features, in_features // 4, **dd)
-        self.excitation = nn.Linear(in_features // 4, in_features, **dd)
+        self.bn1 = make_norm(hidden_features, **dd)
+        self.bn2 = make_norm(hidden_features, **dd)
+        self.bn3 = make_norm(in_features, **dd)
+        if aggregate != "none":
+            self.compress = nn.Linear(in_features, in_features // 4, **dd)
+            self.excitation = nn.Linear(in_features // 4, in_features, **dd)
 
     def reparameterize(self) -> None:
         """Fold the batch norms for inference; timm's `reparameterize_model` calls this on a copy of a model."""
-        if isinstance(self.bn1, nn.Identity):
+        # folded already, or layer norms
+        if not isinstance(self.bn1, nn.BatchNorm2d):
             return
         self.conv1 = fuse_conv_bn_eval(self.conv1, self.bn1)
         self.conv2 = fuse_conv_bn_eval(self.conv2, self.bn2)
@@ -187,12 +202,17 @@ class DAFF(nn.Module):
         s = self.act(self.bn1(self.conv1(x)))  # B, 4C, H, W
         # depth-wise convolution with a shortcut, added in place: GELU's backward pass reads its input, not this output
         x = self.act(self.bn2(self.conv2(s)))
-        x += s
+        if self.shortcut:
+            x += s
         # projection: point-wise convolution
         x = self.bn3(self.conv3(x)).flatten(2)  # B, C, HW
         # squeeze: average pooling over the patches; excitation: weights for the channels of the class token
-        w = self.excitation(self.act(self.compress(x.mean(dim=2))))  # B, C
-        return torch.cat([cls * w.unsqueeze(1), x.transpose(1, 2)], dim=1)  # B, 1+HW, C
+        if self.aggregate != "none":
+            w = self.excitation(self.act(self.compress(x.mean(dim=2))))  # B, C
+            cls = cls * w.unsqueeze(1)
+            if self.aggregate == "all":
+                x = x * w.unsqueeze(2)
+        return torch.cat([cls, x.transpose(1, 2)], dim=1)  # B, 1+HW, C
 
 
 @contextmanager
@@ -221,20 +241,38 @@ class DHVTBlock(Block):
 class DHVT(VisionTransformer):
     """SOPE, class token, blocks of HI-MHSA and DAFF; no position embedding. Arguments as timm's ViT.
 
-    The input size is fixed by `img_size` (a number, or height and width) until `set_input_size`.
+    The input size is fixed by `img_size` (a number, or height and width) until `set_input_size`. The arguments before
+    `act_layer` leave out or replace parts, for the paper's ablations: see ablations.py.
     """
 
-    def __init__(self, act_layer: type[nn.Module] = GELU, **kwargs) -> None:
+    def __init__(
+        self,
+        *,
+        sope: bool = True,
+        daff: bool = True,
+        head_tokens: bool = True,
+        pos_embed: str = "none",
+        affine: bool = True,
+        shortcut: bool = True,
+        aggregate: str = "cls",
+        sope_norm: str = "bn",
+        daff_norm: str = "bn",
+        ffn: str = "mlp",
+        act_layer: type[nn.Module] = GELU,
+        **kwargs,
+    ) -> None:
+        sope_layer = partial(SOPE, affine=affine, norm=sope_norm)
+        daff_layer = partial(DAFF, shortcut=shortcut, aggregate=aggregate, norm=daff_norm)
         super().__init__(
             **kwargs,
             act_layer=act_layer,
             class_token=True,
             reg_tokens=0,
-            pos_embed="none",
-            embed_layer=SOPE,
+            pos_embed=pos_embed,
+            embed_layer=sope_layer if sope else PatchEmbed,
             block_fn=DHVTBlock,
-            attn_layer=HeadInteractedAttention,
-            mlp_layer=DAFF,
+            attn_layer=HeadInteractedAttention if head_tokens else Attention,
+            mlp_layer=daff_layer if daff else FFNS[ffn],
         )
         # hands the grid to the blocks
         self.set_input_size()
@@ -252,10 +290,6 @@ class DHVT(VisionTransformer):
         super().init_weights(*args, **kwargs)
         # as published; timm starts it at 1e-6
         trunc_normal_(self.cls_token, std=0.02)
-
-    # the head embeddings, named pos_embed, are decayed, as published
-    def no_weight_decay(self) -> set[str]:
-        return {"cls_token"}
 
     # without timm's argument attn_mask, so that FX can trace the forward pass
     def forward(self, x: Tensor) -> Tensor:
@@ -289,10 +323,13 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_dhvt(variant: str, pretrained: bool, kwargs: dict, **model_args) -> DHVT:
+    check_arguments(kwargs)
     return build_model_with_cfg(
         DHVT,
         variant,
         pretrained,
+        # without antialiasing, as fine-tuning in this repository
+        pretrained_filter_fn=partial(checkpoint_filter_fn, antialias=False),
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **dict(model_args, **kwargs),
     )

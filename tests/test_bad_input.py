@@ -33,7 +33,11 @@ COMMAND_LINES = {
     f"{EVIT} --drop_loc 3,x": "--drop_loc: 3,x must be numbers of blocks, for example 3,6,9",
     "--visualize_attention": "--visualize_attention needs a checkpoint: add --resume FILE",
     "--eval --visualize_attention --resume x": "--eval and --visualize_attention: give one at a time",
-    "--use-ema": "--use-ema is for --eval, --finetune and --visualize_*",
+    "--visualize matrix --visualize_mask --resume x": "--visualize and --visualize_mask: give one at a time",
+    "--visualize heads --resume x": "--visualize: invalid choice: 'heads' (choose from",
+    "--npz": "--npz is for --visualize KIND",
+    "--eval --resume x --image-dir y": "--image-dir is for --visualize KIND",
+    "--use-ema": "--use-ema is for --eval, --finetune and --visualize",
     "--resume auto": "--resume auto looks into --output_dir: give one",
     "--compile --grad-checkpointing": "--compile and --grad-checkpointing: give one",
     "--batch-size 7": "--batch-size 7 must be even",
@@ -150,6 +154,8 @@ ROWS = {
     "model": Row("--model dhvt_tiny_cifar_patch", "--model dhvt_tiny_cifar_patch:", "dhvt_tiny_cifar_patch4"),
     "tag": Row("--model resnet18.best --model-kwargs", "resnet18.best", "leave out what follows the dot"),
     "model argument": Row("--model-kwargs dept=1", "dept", "--model-kwargs"),
+    "ablation without its part": Row("--model-kwargs daff=false shortcut=false", "shortcut=False", "daff=True"),
+    "no such ablation": Row("--model-kwargs aggregate=patches", "aggregate=patches", "cls or all or none"),
     "size below a patch": Row("--model vit_tiny_patch16_224 --input-size 8 --model-kwargs", "8x8", "larger"),
     "no checkpointing": Row(
         "--model pit_ti_224 --model-kwargs --input-size 64 --grad-checkpointing", "pit", "--grad-checkpointing"
@@ -158,6 +164,7 @@ ROWS = {
     "policy": Row("--aa rand-x9", "--aa rand-x9", "rand-m9-mstd0.5-inc1"),
     # pictures
     "no such images": Row(f"{ATTENTION} --image-dir nowhere", "nowhere: no such file", ".jpg", out=""),
+    "no such block": Row(f"{ATTENTION} --blocks 1 2", "--blocks 2", "of blocks 1"),
     "no images to show": Row(f"{ATTENTION} --image-dir data/train/bee", "data/train/bee", ".jpg", only_text),
     # the output folder
     "out is a file": Row("--output_dir data/note", "data/note", "fix that", lambda: write_text("data/note")),

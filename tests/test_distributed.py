@@ -79,13 +79,14 @@ def test_two_processes_train_evaluate_and_resume(runner, quick_flags, tmp_path, 
         assert loss == pytest.approx(lines[-1][f"{key}_loss"], abs=6e-4)
 
 
-def test_count_accuracy_and_loss_are_the_same_for_one_two_and_three_processes(runner, tree, tmp_path):
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_count_accuracy_and_loss_are_the_same_for_one_two_and_three_processes(runner, tree, tmp_path, amp):
     """One set does not divide by the processes; one is smaller than their number, so that a share is empty."""
     torch.manual_seed(1)
     model = timm.create_model("dhvt_tiny_cifar_patch4", num_classes=9, depth=1, embed_dim=32, num_heads=2)
     torch.save(model.state_dict(), tmp_path / "c.pth")
     flags = [*TINY.split(), "--data-set", "FOLDER", "--batch-size", "2", "--nb-classes", "9", "--eval"]
-    flags += ["--resume", str(tmp_path / "c.pth"), "--input-size", "32"]
+    flags += ["--resume", str(tmp_path / "c.pth"), "--input-size", "32", "--amp", amp]
     for classes, count in ((("ant", "bee", "cow"), 7), (("ant", "bee"), 1)):
         root = tree(train=classes, count=count, side=40)
         printed = []

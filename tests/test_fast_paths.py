@@ -171,9 +171,12 @@ def test_the_comparison_with_the_reference_runs(tmp_path, capsys):
     words = f"--model {TINY} --batch-size 2 --pairs 2 --device cpu --json {tmp_path / 'b.json'}"
     assert bench_reference(words.split()) == 0
     out = capsys.readouterr().out
-    assert '"inference"' in out and '"train"' in out and "median of all 2 ratios" in out
-    (row,) = json.loads((tmp_path / "b.json").read_text())
-    assert row["train"]["ratio"] > 0 and row["output_difference"] < 1e-5
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["differences"][TINY]["outputs"] < 1e-5
+    ways = ["plain, float32", "ours, float32", "DeiT, float32"]
+    assert [row["way"] for row in written["rows"]] == [*ways, *ways]
+    assert all(row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"] for row in written["rows"])
+    assert written["rows"][0]["ratio"] == 1 and f"| {TINY} | inference | 2 | ours, float32 |" in out
 
 
 def test_a_sweep_is_a_table_csv_json_and_a_picture(tmp_path, capsys):

@@ -56,6 +56,7 @@ class Recorder:
         self.compiled: list[nn.Module] = []
         self.kept: list[int] = []
         self.pictures: tuple[str, list[str]] = ("", [])
+        self.picture_options: dict = {}
 
     def build_train_set(self, data, config, augment) -> ImageArray:
         self.data = data
@@ -89,6 +90,7 @@ class Recorder:
 
     def write_pictures(self, mode, model, samples, **kwargs) -> list[Path]:
         self.pictures = mode, [source for *_, source in samples]
+        self.picture_options = kwargs
         return [Path("last.png")]
 
     def init(self, device, backend, timeout) -> torch.device:
@@ -276,10 +278,14 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--teacher-model": ("test_byobnet --teacher-path byob.pth", STUDENT, teacher, "ByobNet"),
     "--teacher-path": ("teacher2.pth", STUDENT, lambda s: s.criterion.teacher.fc.bias[0].item(), 2.0),
     # pictures and processes
+    "--visualize": ("matrix", "--resume run/checkpoint.pth", lambda s: s.pictures[0], "matrix"),
     "--visualize_mask": ("", "--resume run/checkpoint.pth", lambda s: s.pictures[0], "mask"),
     "--visualize_attention": ("", "--resume run/checkpoint.pth", lambda s: s.pictures[0], "attention"),
     "--n_visualization": ("2", PICTURES, lambda s: s.pictures[1], ["image 0", "image 32"]),
     "--image-dir": ("images", PICTURES, lambda s: s.pictures[1], ["a.png"]),
+    "--blocks": ("2 5", PICTURES, lambda s: s.picture_options["blocks"], [2, 5]),
+    "--format": ("pdf", PICTURES, lambda s: s.picture_options["file_format"], "pdf"),
+    "--npz": ("", PICTURES, lambda s: s.picture_options["npz"], True),
     "--dist-timeout": ("7", "", "timeout", 7.0),
 }
 

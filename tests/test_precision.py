@@ -1,5 +1,7 @@
 """Mixed precision on a stand-in for a GPU: fake CUDA tensors have shapes and dtypes, but no content."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import models
 from models.evit import reorganise_tokens
 from util.checkpoint import load_optimizer
+from util.precision import Precision
 
 assert models.evit  # registers the models
 MODELS = {
@@ -39,6 +42,33 @@ def test_products_are_in_half_precision_and_layer_norms_and_weights_in_float32(n
             assert found[nn.LayerNorm] == {torch.float32}
             assert found[nn.Linear] == {dtype} and found[nn.Conv2d] == {dtype}
             assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["dhvt_tiny_cifar_patch4", "deit_tiny_patch16_224", "deit_tiny_patch16_shrink_base"])
+def test_a_placed_model_is_in_bf16_except_its_classifier(name):
+    """Logits that are computed in bf16 tie; on a CPU its attention is two products and a softmax, not the fused one."""
+    torch.manual_seed(0)
+    arguments = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 1000}
+    if "shrink" in name:
+        arguments["drop_loc"] = (1,)
+    model = timm.create_model(name, **arguments).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(images)
+        precision = Precision(torch.device("cpu"), torch.bfloat16)
+        fused = {module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
+        with precision.autocast():
+            in_bf16 = model(images)
+        placed = precision.place(copy.deepcopy(model))
+        found = record_dtypes(placed.blocks)
+        with precision.autocast():
+            logits = placed(images)
+    assert fused == {True} and not any(getattr(module, "fused_attn", False) for module in placed.modules())
+    assert found[nn.Linear] == {torch.bfloat16} and logits.dtype == torch.float32
+    assert list(placed.state_dict()) == list(model.state_dict())
+    # bf16 has 8 bits: 2^-8 of the scale, summed over a few layers
+    torch.testing.assert_close(logits, expected, atol=0.03 * expected.abs().max().item(), rtol=0)
+    assert all(len(row.unique()) == 1000 for row in logits) and not all(len(row.unique()) == 1000 for row in in_bf16)
 
 
 def test_the_step_of_an_optimizer_that_was_not_fused_goes_to_the_device_of_one_that_is():

@@ -37,9 +37,18 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "python export.py": ("", {" --onnx": ""}),  # test_export.py has it
     "python main.py --model deit_tiny_distilled": (SMALL.replace("depth=1", "depth=1 patch_size=8"), {}),
     "python main.py --model deit_small_patch16_shrink_base": (DEIT, {"FILE": "deit_small.pth"}),
+    "python prepare.py domainnet": ("", {}),
+    "DATA=clipart bash run_code.sh clipart": (SMALL, {}),
+    "DATA=CIFAR SEEDS=": (f"--data-set FOLDER {SMALL}", {"DATA=CIFAR": "DATA=DATA", "0 1 2 3": "0"}),
+    "python compare.py": ("", {}),
+    "bash run_code.sh digits-ablation": (
+        "--epochs 1 --warmup-epochs 0 --batch-size 256 --device cpu --model-kwargs depth=1 embed_dim=16 num_heads=2",
+        {"bash": "SEEDS=0 bash"},
+    ),
+    "python main.py --visualize ": ("--device cpu", {"2 5 8 11": "1"}),
     "bash run_code.sh digits-evit": (EVIT, {}),
     "CKPT=output/digits-evit/best_checkpoint.pth bash": (EVIT, {}),
-    "python main.py --visualize_attention": ("--device cpu", {}),
+    "python main.py --visualize attention": ("--device cpu", {}),
     "python main.py --only_test_speed": ("--speed-batch-size 1 --device cpu --model-kwargs depth=1", {}),
     f"{SPEED} --batch-size": (f"{QUICK} --input-size 32 --mode inference", {}),
     "torchrun --standalone": (SMALL, {"output/mine": "output/restarted"}),
@@ -48,9 +57,10 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "python -m tests.bench_reference": (f"--model {TINY} --pairs 2 --batch-size 2 --device cpu", {}),
     f"{SPEED} dhvt_small": ("--max-batch-size 1 --device cpu", {}),
     f"{SPEED} --mode": (f"{QUICK} --image-sizes 32 64", {"results/": "output/"}),
-    "python speed_test.py --loader": ("--batch-size 4 --seconds 0.01 --pairs 2 --input-size 32 --device cpu", {}),
+    "LD_PRELOAD=": ("--speed-batch-size 1 --device cpu --model-kwargs depth=1", {}),
+    "python -m tests.bench_loader": ("--batch-size 4 --pairs 2 --input-size 32", {}),
 }
-SLOW = ("bench_reference", f"{SPEED} dhvt_small", f"{SPEED} --mode", "torchrun")
+SLOW = ("digits-ablation", "bench_reference", f"{SPEED} dhvt_small", f"{SPEED} --mode", "torchrun")
 
 
 def commands() -> list[str]:
@@ -93,16 +103,24 @@ def place(tree, tiny_run, tmp_path, monkeypatch) -> Path:
     deit = timm.create_model("deit_small_patch16_224", num_classes=2, depth=10, embed_dim=48, num_heads=2)
     torch.save(deit.state_dict(), tmp_path / "deit_small.pth")
     shutil.copytree(tiny_run, tmp_path / "output" / "digits")
+    # as DomainNet's archives and lists
+    (tmp_path / "DOMAINNET").mkdir()
+    (tmp_path / "DOMAINNET" / "clipart").symlink_to(tmp_path / "DATA" / "train")
+    files = sorted((tmp_path / "DATA" / "train").rglob("*.*"))
+    lines = [f"clipart/{file.parent.name}/{file.name} {file.parent.name == 'bee':d}\n" for file in files]
+    for split in ("train", "test"):
+        (tmp_path / "DOMAINNET" / f"clipart_{split}.txt").write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     # scripts leave here what they would run
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > launched\n")
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" '' >> launched\n")
     (tmp_path / "bin" / "python").chmod(0o755)
     paths = [tmp_path / "bin", Path(sys.executable).parent, os.environ["PATH"]]
     monkeypatch.setenv("PATH", os.pathsep.join(map(str, paths)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NGPU", "1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     return tmp_path
 
@@ -110,14 +128,19 @@ def place(tree, tiny_run, tmp_path, monkeypatch) -> Path:
 def run(command: str) -> int:
     """Run a command, Python's in this process: importing torch again takes longer than most of them."""
     words = shlex.split(command)
+    launched = [words[1:]]
     if words[0] != "python":
         status = subprocess.run(["bash", "-c", command], timeout=400, stdout=subprocess.DEVNULL).returncode
         if not Path("launched").exists():
             return status
-        words = ["python", *Path("launched").read_text().splitlines()]
+        launched = [text.splitlines() for text in Path("launched").read_text().split("\n\n")[:-1]]
         Path("launched").unlink()
-    name, arguments = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
-    return importlib.import_module(name).main(arguments)
+    for words in launched:
+        name, arguments = (words[1], words[2:]) if words[0] == "-m" else (Path(words[0]).stem, words[1:])
+        status = importlib.import_module(name).main(arguments)
+        if status:
+            return status
+    return 0
 
 
 def run_all(chosen: list[str]) -> None:
@@ -133,7 +156,13 @@ def test_the_commands_run_as_they_stand_there(place, monkeypatch):
     benchmark = functools.partial(engine.benchmark, min_seconds=0.01)
     monkeypatch.setattr(engine, "benchmark", benchmark)
     run_all([command for command in commands() if not is_slow(command)])
-    for path in ("exported/model.safetensors", "output/mine/log.txt", "output/digits/visualization"):
+    for path in (
+        "exported/model.safetensors",
+        "output/mine/log.txt",
+        "output/digits/visualization",
+        "clipart/val/bee/1.png",
+        "output/ablation/compare.csv",
+    ):
         assert (place / path).exists()
 
 

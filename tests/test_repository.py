@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
-SCRIPTS = ("main", "predict", "export", "speed_test", "folder2lmdb", "run_with_submitit")
+SCRIPTS = ("main", "predict", "export", "compare", "prepare", "speed_test", "folder2lmdb", "run_with_submitit")
 # which of our modules each part may import
 ALLOWED = {
     "util": {"util"},
@@ -85,7 +85,7 @@ def test_only_scripts_and_their_flags_know_the_namespace():
 
 
 def test_files_and_functions_stay_short():
-    for folder, most in (("util", 14), ("data", 6)):
+    for folder, most in (("util", 17), ("data", 6)):
         assert len(list((ROOT / folder).glob("*.py"))) <= most, folder
     for name, path in sources().items():
         assert path.read_text().count("\n") <= 400, name

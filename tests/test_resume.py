@@ -55,10 +55,10 @@ def differences(a, b, path="") -> list[str]:
 
 
 def test_changed_flags_take_effect_on_resume_and_are_said(quick_run, quick_flags, tmp_path, capsys):
-    changed = ["--lr", "3e-3", "--sched", "constant", "--weight-decay", "0.1", "--unscale-lr"]
+    changed = ["--lr", "3e-3", "--sched", "constant", "--weight-decay", "0.1", "--unscale-lr", "--amp", "bf16"]
     run(*quick_flags, *changed, "--output_dir", str(tmp_path), "--resume", str(quick_run / "checkpoint.pth"))
     text = capsys.readouterr().out
-    for part in ("--lr was 0.0005 and is 0.003", "--sched was 'cosine' and is constant"):
+    for part in ("--lr was 0.0005 and is 0.003", "--sched was 'cosine' and is constant", "--amp was 'off' and is bf16"):
         assert part in text, part
     (line,) = log_of(tmp_path)
     assert (line["epoch"], line["train_lr"]) == (1, 3e-3)

@@ -5,6 +5,7 @@ import pytest
 import engine
 import folder2lmdb
 import speed_test
+from tests import bench_loader
 
 TINY = "deit_tiny_patch16_224:patch_size=16,embed_dim=32,depth=2,num_heads"
 
@@ -54,12 +55,12 @@ def test_a_model_that_fails_is_a_row(capsys):
 
 def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
     root = tree(count=6, side=40)
-    words = ["--loader", str(root), "--batch-size", "4", "--input-size", "32", "--workers", "0", "--pairs", "2"]
+    words = [str(root), "--batch-size", "4", "--input-size", "32", "--workers", "0", "--pairs", "2"]
     assert folder2lmdb.main(["--dir", str(root), "--split", "train"]) == 0
     capsys.readouterr()
-    assert speed_test.main(words) == 0
+    assert bench_loader.main(words) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "times timm's" in line]
-    assert [line[:12].strip() for line in lines] == list(speed_test.LOADERS)
+    assert [line[:12].strip() for line in lines] == list(bench_loader.WAYS)
     assert all(float(line[12:].split()[0]) > 0 for line in lines)
 
 
@@ -69,7 +70,6 @@ def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
         ("nosuchmodel", "nosuchmodel", "for example"),
         ("resnet18:depth", "resnet18:depth", "KEY=VALUE"),
         ("resnet18 --pairs 1", "--pairs: 1", "at least 2"),
-        ("resnet18 --loader x", "models to measure", "--loader DATA"),
         ("resnet18 --basline x", "--basline", "did you mean --baseline?"),
     ],
 )

@@ -37,12 +37,12 @@ def flags(quick_flags) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(runner, flags, tmp_path_factory) -> Callable[[int], Path]:
-    """Return a function that returns the folder of a whole run of so many processes."""
+    """Return a function that returns the folder of a whole run of so many processes, with more flags."""
 
     @functools.cache
-    def run(ranks: int) -> Path:
+    def run(ranks: int, *more: str) -> Path:
         folder = tmp_path_factory.mktemp("whole") / "run"
-        result = runner([*flags, "--output_dir", str(folder)], folder.parent, ranks)
+        result = runner([*flags, *more, "--output_dir", str(folder)], folder.parent, ranks)
         assert result["status"] == [0] * ranks, result["err"]
         return folder
 
@@ -129,7 +129,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_undisturbed_one(runner
     assert_same_end(tmp_path / "run", undisturbed(1))
 
 
-def test_two_processes_that_are_killed_end_as_the_undisturbed_ones(runner, flags, undisturbed, tmp_path):
+def test_two_processes_that_are_killed_end_as_the_undisturbed_ones_in_bf16(runner, flags, undisturbed, tmp_path):
+    bf16 = ("--amp", "bf16")
     for kill_ in (
         kill("update: made", 4, SIGTERM, rank=1),
         kill("update: before it", 3, rank=1),
@@ -137,11 +138,11 @@ def test_two_processes_that_are_killed_end_as_the_undisturbed_ones(runner, flags
         kill("save: a file is half written", 1),
         None,
     ):
-        result = run_and_kill(runner, flags, tmp_path / "run", 2, kill_)
+        result = run_and_kill(runner, [*flags, *bf16], tmp_path / "run", 2, kill_)
         assert result["reached"] == (kill_ is not None), kill_
         if kill_ and kill_["signal"] == SIGKILL:
             assert "lost another process" in result["err"][1 - kill_["rank"]]
-    assert_same_end(tmp_path / "run", undisturbed(2))
+    assert_same_end(tmp_path / "run", undisturbed(2, *bf16))
 
 
 @pytest.mark.slow

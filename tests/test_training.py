@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import compare
 import datasets
 import engine
 import main
@@ -26,7 +27,7 @@ from util.checkpoint import TrainState
 from util.config import AugmentConfig, DataConfig, ModelConfig
 from util.errors import NonFiniteLossError
 from util.log import RunLog
-from util.precision import Precision, resolve_amp_dtype
+from util.precision import Precision, resolve_amp
 
 CPU = torch.device("cpu")
 
@@ -259,9 +260,15 @@ def test_mixed_precision_runs_the_model_in_it_and_the_loss_in_float32(dtype):
     assert seen == [dtype, torch.float32]
 
 
-def test_precision_auto_is_off_on_the_cpu():
-    assert resolve_amp_dtype("auto", CPU) is None
-    assert resolve_amp_dtype("bf16", CPU) is torch.bfloat16
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"), [(False, False, "off"), (True, False, "bf16"), (False, True, "bf16")]
+)
+def test_precision_auto_is_bf16_on_a_cpu_that_computes_it(monkeypatch, capsys, avx512, amx, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert resolve_amp("auto", CPU) == expected
+    assert f"--amp {expected}: " in capsys.readouterr().out
+    assert resolve_amp("fp16", CPU) == "fp16" and capsys.readouterr().out == ""
 
 
 def test_benchmark_reports_repeats_and_leaves_the_model_alone():
@@ -342,6 +349,9 @@ def test_a_diverging_run_keeps_its_last_checkpoint_and_exits_with_1(quick_run, q
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("main.py: error: ") and "in epoch 1, update" in error
     assert (out / "checkpoint.pth").read_bytes() == before
+    # one epoch is finished, and compare.py names the other one
+    assert compare.main([str(out)]) == 0
+    assert f"{out}: diverged in epoch 1" in capsys.readouterr().out
 
 
 def test_what_is_sent_to_a_worker_that_is_not_forked_can_be_pickled(quick_flags):

@@ -19,8 +19,6 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-import engine
-import speed_test
 from data.images import EncodedImage, decode_rgb
 from data.transforms import DeviceTransform, FastTransform, build_transform
 from util.config import AugmentConfig, ModelConfig
@@ -342,11 +340,3 @@ def test_the_device_normalizes_and_erases_as_the_cpu_does():
         torch.testing.assert_close(made[2] * intact, made[0] * intact, rtol=0, atol=1e-6)
         assert (erased[0] ^ erased[2]).float().mean() < 0.01
         assert torch.equal(made[0], made[1]) and torch.equal(made[2], made[3])
-
-
-def test_images_in_memory_have_no_files_to_time(monkeypatch, capsys):
-    measured = dict.fromkeys(("images_per_s", "ratio", "ratio_q1", "ratio_q3"), 1.0)
-    monkeypatch.setattr(engine, "compare_steps", lambda *args: measured)
-    assert speed_test.main("--loader . --data-set DIGITS --workers 0 --device cpu".split()) == 0
-    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "images/s" in line]
-    assert rows == ["timm", "fast"]

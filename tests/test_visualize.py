@@ -1,4 +1,4 @@
-"""Pictures of kept patches and of attention, against plain recomputations from the same weights."""
+"""Figures of kept patches and of attention, against plain recomputations from the same weights."""
 
 import copy
 import math
@@ -17,14 +17,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
+from timm.layers import Attention
 from torch import Tensor, nn
 
 import datasets
 import main
 import models
-from util import visualize
+from util import attention, figures, visualize
 from util.config import ModelConfig
 from util.errors import InputError
 
@@ -65,10 +65,10 @@ def normalize(pixels: np.ndarray) -> Tensor:
     return torch.tensor(image, dtype=torch.float32).permute(2, 0, 1)  # 3, H, W
 
 
-def write(mode, model, folder, pixels, labels=NAMES, classes=NAMES, autocast=nullcontext) -> list[Path]:
-    """Write pictures of photographs [n, H, W, 3], which have the labels in turn."""
+def write(kind, model, folder, pixels, labels=NAMES, classes=NAMES, autocast=nullcontext, **kwargs) -> list[Path]:
+    """Write figures of photographs [n, H, W, 3], which have the labels in turn."""
     return visualize.write_pictures(
-        mode,
+        kind,
         model,
         ((normalize(array), labels[i % len(labels)], f"{i}.png") for i, array in enumerate(pixels)),
         folder=folder,
@@ -76,6 +76,7 @@ def write(mode, model, folder, pixels, labels=NAMES, classes=NAMES, autocast=nul
         autocast=autocast,
         device=torch.device("cpu"),
         config=CONFIG,
+        **kwargs,
     )
 
 
@@ -91,7 +92,6 @@ def sheet(monkeypatch) -> SimpleNamespace:
     drawn = SimpleNamespace(texts={}, pictures=[])
     set_title = Axes.set_title
     set_xticks = Axes.set_xticks
-    suptitle = Figure.suptitle
     imshow = Axes.imshow
 
     def record_title(axes, words, **kwargs):
@@ -102,17 +102,12 @@ def sheet(monkeypatch) -> SimpleNamespace:
         drawn.texts.update(dict.fromkeys(words))
         return set_xticks(axes, places, words, **kwargs)
 
-    def record_suptitle(figure, words, **kwargs):
-        drawn.texts[words] = None
-        return suptitle(figure, words, **kwargs)
-
     def record_imshow(axes, pixels, **kwargs):
         drawn.pictures.append(pixels)
         return imshow(axes, pixels, **kwargs)
 
     monkeypatch.setattr(Axes, "set_title", record_title)
     monkeypatch.setattr(Axes, "set_xticks", record_captions)
-    monkeypatch.setattr(Figure, "suptitle", record_suptitle)
     monkeypatch.setattr(Axes, "imshow", record_imshow)
     return drawn
 
@@ -136,8 +131,8 @@ def head_tokens(attn: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def plain_class_attention(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """Recompute the class token's attention in each block, mean of the heads, [N].
+def plain_weights(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """Recompute each block's attention weights [h, N, N] for an image, in float64.
 
     The attention's output, recomputed from the same weights, is that of the forward pass.
     """
@@ -146,7 +141,7 @@ def plain_class_attention(model: nn.Module, image: Tensor) -> list[Tensor]:
     model(image[None])
     for hook in hooks:
         hook.remove()
-    rows = []
+    found = []
     for attn, args, output in calls:
         assert attn.fused_attn
         tokens = args[0][0]
@@ -158,35 +153,145 @@ def plain_class_attention(model: nn.Module, image: Tensor) -> list[Tensor]:
         if is_dhvt:
             again[0] += again[N:].mean(dim=0)
         torch.testing.assert_close(again[:N], output[0], atol=1e-4, rtol=1e-4)
-        rows.append(weights[:, 0].mean(dim=0).float())
-    return rows
+        found.append(weights)
+    return found
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_attention_pictures_show_the_weights_of_the_forward_pass(name, tmp_path, sheet):
+def test_weights_are_those_of_the_forward_pass_and_the_model_is_left_as_it_was(name):
+    make, size, *_ = VITS[name]
+    model = make()
+    image = normalize(photographs(1, size)[0])
+    expected = plain_weights(model, image)
+    with torch.inference_mode():
+        logits, weights = attention.record_weights(model, image[None])
+        again = model(image[None])
+    np.testing.assert_allclose(weights, torch.stack(expected), atol=1e-6)
+    torch.testing.assert_close(logits, again, atol=1e-5, rtol=1e-5)
+    assert all(block.attn.fused_attn and not block.attn.attn_drop._forward_pre_hooks for block in model.blocks)
+
+
+def shown(files: list[Path], part: str) -> np.ndarray:
+    """Return the numbers beside the figure whose name contains `part`."""
+    (path,) = [path for path in files if part in path.name]
+    with np.load(path.with_suffix(".npz")) as numbers:
+        return numbers["values"]
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_attention_is_shown_per_head_and_as_the_mean_in_colors_of_one_scale(name, tmp_path, sheet):
     make, (H, W), patch, before = VITS[name]
     model = make()
     photos = photographs(2, (H, W))
-    files = write("attention", model, tmp_path, photos)
-    rows = math.ceil(H / patch)
-    columns = math.ceil(W / patch)
+    files = write("attention", model, tmp_path, photos, npz=True)
+    assert [path.name for path in files] == ["attention_0000.png", "attention_0001.png", "attention_overview.png"]
+    grid = math.ceil(H / patch), math.ceil(W / patch)
+    means = []
     for i, photo in enumerate(photos):
-        attention = plain_class_attention(model, normalize(photo))
-        with torch.inference_mode():
-            found = visualize.class_attention(model, normalize(photo)[None])
-        torch.testing.assert_close(found, attention, atol=1e-6, rtol=0)
-        for block, (path, weights) in enumerate(zip(files[4 * i + 1 : 4 * i + 4], attention, strict=True)):
-            on_patches = weights[before : before + rows * columns]
-            assert on_patches.max() > 2 * on_patches.mean(), "too even to tell weights apart"
-            shares = (on_patches / on_patches.max()).reshape(rows, columns).numpy()
-            colors = matplotlib.colormaps["inferno"](shares, bytes=True)[..., :3]
-            expected = colors.repeat(patch, axis=0).repeat(patch, axis=1)[:H, :W]
-            # within a step of the color map
-            np.testing.assert_allclose(read(path).astype(int), expected, atol=6)
-            caption = f"block {block}\nmax {on_patches.max():.1%}"
-            if name.startswith("DHVT"):
-                caption += f", heads {weights[-3:].sum():.0%}"
-            assert caption in sheet.texts
+        values = shown(files, f"_000{i}")
+        weights = plain_weights(model, normalize(photo))
+        assert values.shape == (3, 1 + 3, *grid)
+        for block in range(3):
+            heads = [weights[block][head, 0, before : before + math.prod(grid)].reshape(grid) for head in range(3)]
+            mean = sum(heads) / 3
+            for tile, expected in zip(values[block], [mean, *heads], strict=True):
+                np.testing.assert_allclose(tile, expected, atol=1e-6)
+                assert any(text.endswith(f"largest {expected.max():.2%}") for text in sheet.texts)
+            means.append(mean)
+    overview = shown(files, "overview")
+    np.testing.assert_allclose(overview.reshape(6, *grid), torch.stack(means), atol=1e-6)
+    assert overview.max() > 2 * overview.mean(), "too even to tell weights apart"
+
+    # the last two strips are the overview's: the image and three blocks, each in a border
+    low, high = overview.min(), overview.max()
+    for strip, photo, tiles in zip(sheet.pictures[-2:], photos, overview, strict=True):
+        image, *drawn = (tile[:, W // 20 : tile.shape[1] - W // 20] for tile in np.hsplit(strip, 4))
+        np.testing.assert_array_equal(image, photo)
+        for picture, values in zip(drawn, tiles, strict=True):
+            colors = matplotlib.colormaps["inferno"](((values - low) / (high - low)) ** 0.5, bytes=True)[..., :3]
+            np.testing.assert_array_equal(picture, colors.repeat(patch, axis=0).repeat(patch, axis=1)[:H, :W])
+
+
+def test_head_tokens_are_shown_in_their_own_heads(tmp_path):
+    model = dhvt()
+    photo = photographs(1, (30, 22))[0]
+    values = shown(write("head_tokens", model, tmp_path, [photo], npz=True, blocks=[3, 1]), "_0000")
+    weights = plain_weights(model, normalize(photo))
+    assert values.shape == (2, 3, 8, 6)
+    for row, block in zip(values, (0, 2), strict=True):
+        for i in range(3):
+            np.testing.assert_allclose(row[i].ravel(), weights[block][i, 1 + 48 + i, 1:49], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_matrices_are_means_over_heads_and_in_the_overview_over_images(name, tmp_path):
+    make, size, *_ = VITS[name]
+    model = make()
+    photos = photographs(2, size)
+    files = write("matrix", model, tmp_path, photos, npz=True, blocks=[2])
+    expected = [plain_weights(model, normalize(photo))[1].mean(dim=0) for photo in photos]
+    for i in range(2):
+        np.testing.assert_allclose(shown(files, f"_000{i}")[0], expected[i], atol=1e-6)
+    np.testing.assert_allclose(shown(files, "overview")[0], sum(expected) / 2, atol=1e-6)
+
+
+def plain_rollout(weights: list[Tensor], before: int, patches: int) -> list[float]:
+    """Return the share of each patch in the class token after all blocks, number by number."""
+    T = before + patches
+    share = [[float(i == j) for j in range(T)] for i in range(T)]
+    for block in weights:
+        A = block.mean(dim=0).tolist()
+        mean = [sum(column) / T for column in zip(*share, strict=True)]
+        inputs = share + [mean] * (len(A) - T)
+        outputs = [
+            [sum(a * row[j] for a, row in zip(A[i], inputs, strict=True)) for j in range(T)] for i in range(len(A))
+        ]
+        merged = outputs[T:]
+        after = []
+        for i in range(T):
+            row = [s + o for s, o in zip(share[i], outputs[i], strict=True)]
+            if i == 0 and merged:
+                row = [r + sum(m[j] for m in merged) / len(merged) for j, r in enumerate(row)]
+            after.append([r / sum(row) for r in row])
+        share = after
+    of_patches = share[0][before:]
+    return [s / sum(of_patches) for s in of_patches]
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_rollout_multiplies_attention_through_the_blocks(name, tmp_path):
+    make, (H, W), patch, before = VITS[name]
+    model = make()
+    photo = photographs(1, (H, W))[0]
+    values = shown(write("rollout", model, tmp_path, [photo], npz=True), "_0000")
+    weights = plain_weights(model, normalize(photo))
+    expected = plain_rollout(weights, before, math.ceil(H / patch) * math.ceil(W / patch))
+    np.testing.assert_allclose(values.ravel(), expected, rtol=1e-4)
+    assert max(expected) > 1.2 * min(expected)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_distances_are_pixels_weighted_by_attention(name, tmp_path):
+    make, (H, W), patch, before = VITS[name]
+    model = make()
+    photos = photographs(2, (H, W))
+    (path,) = write("distance", model, tmp_path, photos, blocks=[1, 3])
+    header, *lines = path.with_suffix(".csv").read_text().splitlines()
+    assert header == "block,head 1,head 2,head 3"
+    centers = [(r * patch, c * patch) for r in range(math.ceil(H / patch)) for c in range(math.ceil(W / patch))]
+    P = range(len(centers))
+    weights = [plain_weights(model, normalize(photo)) for photo in photos]
+    for line, block in zip(lines, (1, 3), strict=True):
+        number, *heads = line.split(",")
+        assert int(number) == block
+        for head, found in enumerate(heads):
+            total = 0
+            for image in weights:
+                rows = image[block - 1][head, before : before + len(P), before : before + len(P)].tolist()
+                for i in P:
+                    lengths = [math.dist(centers[i], centers[j]) for j in P]
+                    total += sum(w * d for w, d in zip(rows[i], lengths, strict=True)) / sum(rows[i])
+            assert float(found) == pytest.approx(total / len(P) / 2, rel=1e-4)
 
 
 def follow_patches(model: nn.Module, image: Tensor) -> Iterator[tuple[int, dict[int, int | None]]]:
@@ -208,18 +313,20 @@ def follow_patches(model: nn.Module, image: Tensor) -> Iterator[tuple[int, dict[
 
 # the model's own size is 96 x 64
 @pytest.mark.parametrize(("fuse", "size"), [(False, (96, 64)), (True, (64, 160))])
-def test_mask_pictures_show_the_patches_that_the_attention_keeps(fuse, size, tmp_path, sheet):
+def test_masks_show_the_patches_that_the_attention_keeps(fuse, size, tmp_path, sheet):
     model = evit(fuse_token=fuse)
     photos = photographs(3, size)
-    files = write("mask", model, tmp_path, photos)
-    colors = visualize.fused_colors(model)
+    write("mask", model, tmp_path, photos)
+    colors = figures.fused_colors(model)
     assert len(set(colors.values())) == len(colors) == (3 if fuse else 0)
     rows = size[0] // 16
     columns = size[1] // 16
+    border = size[1] // 20
     seen = set()
-    for i, photo in enumerate(photos):
-        masks = follow_patches(model, normalize(photo))
-        for path, (block, fused_in) in zip(files[4 * i + 1 : 4 * i + 4], masks, strict=True):
+    for photo, strip in zip(photos, sheet.pictures[:3], strict=True):
+        image, *masks = (tile[:, border : tile.shape[1] - border] for tile in np.hsplit(strip, 4))
+        np.testing.assert_array_equal(image, photo)
+        for picture, (block, fused_in) in zip(masks, follow_patches(model, normalize(photo)), strict=True):
             expected = photo.copy()
             patches = expected.reshape(rows, 16, columns, 16, 3).swapaxes(1, 2)  # rows, columns, 16, 16, 3
             for p in range(rows * columns):
@@ -227,35 +334,45 @@ def test_mask_pictures_show_the_patches_that_the_attention_keeps(fuse, size, tmp
                     patches[divmod(p, columns)] = 255
                 elif fused_in[p] is not None:
                     patches[divmod(p, columns)] = colors[fused_in[p]]
-            np.testing.assert_array_equal(read(path), expected, err_msg=path.name)
+            np.testing.assert_array_equal(picture, expected)
             kept = list(fused_in.values()).count(None)
-            rest = rows * columns - kept
-            assert f"block {block}\n{kept}/{rows * columns}, {rest} {'fused' if fuse else 'dropped'}" in sheet.texts
+            tokens = kept + len(set(fused_in.values()) - {None})
+            counts = f"{kept} of {rows * columns} patches kept,\n{rows * columns - kept}"
+            assert f"after block {block + 1}\n{counts} {'fused' if fuse else 'dropped'}: {tokens} tokens" in sheet.texts
             seen |= set(fused_in.values())
     assert seen == ({None, 1, 3, 4} if fuse else {None})
 
 
-def test_pictures_come_in_order_and_the_sheet_has_a_row_for_each_of_32(tmp_path, sheet):
-    photos = photographs(33, (32, 32))
-    files = write("mask", small_evit(), tmp_path, photos)
-    names = [f"{i:04}_0{step}.png" for i in range(33) for step in ("0_input", "1_block01")]
-    assert [path.name for path in files] == [*names, "contact_sheet.png"]
+def test_files_sort_and_the_overview_has_a_row_for_each_of_32_images(tmp_path, sheet):
+    files = write("mask", small_evit(), tmp_path, photographs(33, (32, 32)))
+    names = [path.name for path in files]
+    assert names == [*(f"mask_{i:04}.png" for i in range(33)), "mask_overview.png"] == sorted(names)
     assert set(tmp_path.iterdir()) == set(files)
-    for i, photo in enumerate(photos):
-        np.testing.assert_array_equal(read(files[2 * i]), photo)
-    assert read(files[-1]).shape[0] > read(files[-1]).shape[1]
-    rows = [text.split()[-1] for text in sheet.texts if text.endswith(".png")]
-    assert rows == [f"{i}.png" for i in range(32)]
-    # a strip per image, its pictures within borders
-    for i, strip in enumerate(sheet.pictures):
-        for half, path in zip(np.hsplit(strip, 2), files[2 * i : 2 * i + 2], strict=True):
-            np.testing.assert_array_equal(half[:, 1:-1], read(path))
-    assert any("32 of 33 images" in text for text in sheet.texts)
+    # tiles are large enough to print
+    assert min(read(files[0]).shape[:2]) > 512
+    assert len(sheet.pictures) == 33 + 32
+
+
+def test_figures_come_as_pdf_too(tmp_path):
+    files = write("matrix", small_dhvt(), tmp_path, photographs(1, (16, 16)), file_format="pdf")
+    assert {path.read_bytes()[:5] for path in files} == {b"%PDF-"}
+    assert {path.suffix for path in files} == {".pdf"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "rows"),
+    [("head_tokens", 11, [2, 5, 8, 11]), ("head_tokens", 10, range(1, 11)), ("attention", 11, range(1, 12))],
+)
+def test_default_blocks_are_the_papers_or_all(kind, depth, rows, tmp_path, sheet):
+    write(kind, dhvt(img_size=16, depth=depth), tmp_path, photographs(1, (16, 16)))
+    blocks = [text.split(", block ")[1] for text in sheet.texts if ", block " in text]
+    assert blocks == [str(block) for block in rows]
 
 
 def test_pictures_of_an_earlier_call_go_and_other_files_stay(tmp_path):
-    other = ["notes.txt", "0001.png", "0001_00_input.jpg", "0001_00_input.png.bak", "holiday_00_input.png"]
-    earlier = ["0003_00_input.png", "0009_12_block03.png", "attention_sheet.png"]
+    other = ["notes.txt", "0001.png", "attention_1.png", "attention_0001.png.bak", "my_attention_0001.png"]
+    other += ["mask_0001.png", "attention_notes.png"]
+    earlier = ["attention_0009.png", "attention_0000.pdf", "attention_0001.npz", "attention_overview.pdf"]
     for name in [*other, *earlier]:
         (tmp_path / name).write_text("?")
     files = write("attention", small_dhvt(), tmp_path, photographs(1, (16, 16)))
@@ -283,13 +400,13 @@ def test_pictures_are_made_in_eval_mode_under_the_given_precision(tmp_path):
     model = evit(drop_path_rate=0.5, base_keep_rate=1.0).train()
     calls = set()
     model.head.register_forward_hook(lambda module, args, out: calls.add((out.dtype, module.training)))
-    for mode in ("mask", "attention"):
-        write(mode, model, tmp_path, photographs(1), autocast=partial(torch.autocast, "cpu", torch.bfloat16))
+    for kind in ("mask", "attention"):
+        write(kind, model, tmp_path, photographs(1), autocast=partial(torch.autocast, "cpu", torch.bfloat16))
     assert calls == {(torch.bfloat16, False)}
 
 
 def test_a_full_disk_leaves_no_half_picture_and_no_image_is_an_error_that_changes_nothing(tmp_path, monkeypatch):
-    earlier = tmp_path / "contact_sheet.png"
+    earlier = tmp_path / "mask_0000.png"
     earlier.touch()
     with pytest.raises(InputError, match="no image"):
         write("mask", small_evit(), tmp_path, photographs(0))
@@ -300,30 +417,53 @@ def test_a_full_disk_leaves_no_half_picture_and_no_image_is_an_error_that_change
     assert list(tmp_path.iterdir()) == [earlier]
 
 
+SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 10}
+
+
 @pytest.mark.parametrize(
-    ("mode", "name", "kwargs", "remedy"),
+    ("kind", "name", "kwargs", "remedy"),
     [
-        ("mask", "deit_tiny_patch16_shrink_base", {"drop_loc": ()}, "shrink_base"),
-        ("attention", "resnet10t", {}, "DHVT, DeiT"),
-        ("attention", "vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "no class token"),
-        ("attention", "deit_tiny_patch16_shrink_base", {}, "--base_keep_rate 1 .*--visualize_mask"),
+        ("mask", "deit_tiny_patch16_shrink_base", SMALL | {"drop_loc": ()}, "--visualize attention"),
+        ("matrix", "resnet10t", {}, "DHVT, DeiT"),
+        ("rollout", "vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}, "--visualize matrix"),
+        ("distance", "deit_tiny_patch16_shrink_base", SMALL, "--base_keep_rate 1 .*--visualize mask"),
+        ("head_tokens", "deit_tiny_patch16_224", SMALL | {"img_size": (96, 64)}, "--visualize attention"),
     ],
 )
-def test_a_model_with_nothing_to_show_is_refused_before_anything_is_written(mode, name, kwargs, remedy, tmp_path):
-    small = {} if name.startswith("resnet") else {"embed_dim": 48, "num_heads": 3, "depth": 10}
-    model = timm.create_model(name, **small, **kwargs)
+def test_a_model_with_nothing_to_show_is_refused_before_anything_is_written(kind, name, kwargs, remedy, tmp_path):
+    model = timm.create_model(name, **kwargs)
     with pytest.raises(InputError, match=remedy) as caught:
-        write(mode, model, tmp_path / "new", photographs(1))
-    assert name in str(caught.value) and "\n" not in str(caught.value)
+        write(kind, model, tmp_path / "new", photographs(1))
+    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_main_shows_images_from_all_parts_of_the_data_that_the_checkpoint_names(tiny_run, tmp_path, capsys):
-    words = ["--visualize_attention", "--n_visualization", "5", "--device", "cpu", "--output_dir", str(tmp_path)]
-    assert main.main([*words, "--resume", str(tiny_run / "checkpoint.pth")]) == 0
+@pytest.mark.parametrize(("kind", "block"), [("matrix", 3), ("matrix", 0), ("mask", 1)])
+def test_blocks_that_are_not_there_are_refused(kind, block, tmp_path):
+    model = small_evit() if kind == "mask" else small_dhvt()
+    with pytest.raises(InputError, match=f"--blocks {block}: "):
+        write(kind, model, tmp_path / "new", photographs(1, (16, 16)), blocks=[block])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_head_tokens_are_counted_in_the_weights(tmp_path):
+    model = small_dhvt()
+    for block in model.blocks:
+        block.attn = Attention(48, 3)
+    (photo,) = photographs(1, (16, 16))
+    values = shown(write("matrix", model, tmp_path, [photo], npz=True), "_0000")
+    assert values.shape == (2, 17, 17)
+    with pytest.raises(InputError, match="head_tokens"):
+        write("head_tokens", model, tmp_path, [photo])
+
+
+def test_main_shows_images_from_all_parts_of_the_data_that_the_checkpoint_names(tiny_run, tmp_path, capsys, sheet):
+    words = ["--visualize", "attention", "--n_visualization", "5", "--device", "cpu", "--output_dir", str(tmp_path)]
+    assert main.main([*words, "--npz", "--resume", str(tiny_run / "checkpoint.pth")]) == 0
     folder = tmp_path / "visualization"
-    line = f"11 pictures of 5 images are in {folder}; open {folder / 'attention_sheet.png'} first"
+    line = f"6 pictures of 5 images are in {folder}; open {folder / 'attention_overview.png'} first"
     assert line in capsys.readouterr().out
     digits = datasets.load_digits(False, (32, 32), None).data
     for k in range(5):
-        np.testing.assert_array_equal(read(folder / f"{k:04}_00_input.png"), digits[72 * k])
+        np.testing.assert_array_equal(sheet.pictures[k][:, 1:33], digits[72 * k])
+        assert (folder / f"attention_{k:04}.npz").exists()

@@ -32,6 +32,9 @@ FLAGS_WITHOUT_EFFECT = {
     "num_workers",
     "print_freq",
     "checkpoint_interval",
+    "keep_checkpoints",
+    "pin_mem",
+    "dist_backend",
     "dist_timeout",
 }
 

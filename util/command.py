@@ -122,15 +122,16 @@ def parse_key_values(words: Sequence[str], source: str) -> dict[str, Any]:
             pairs[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             # timm's ParseKwargs would leave the string "false", which counts as true
-            pairs[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+            pairs[key] = {"true": True, "false": False}.get(value.lower(), value)
     return pairs
 
 
 class KeyValues(argparse.Action):
-    """Store KEY=VALUE words as a dictionary."""
+    """Store KEY=VALUE words as a dictionary; the flag given again adds to it, and without words empties it."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        setattr(namespace, self.dest, parse_key_values(values, option_string))
+        before = getattr(namespace, self.dest) if values else None
+        setattr(namespace, self.dest, (before or {}) | parse_key_values(values, option_string))
 
 
 def parse_block_numbers(text: str) -> tuple[int, ...]:

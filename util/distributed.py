@@ -261,7 +261,11 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def supports_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Return whether a device computes bf16 natively; where it does not, torch emulates it slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def describe(device: torch.device) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from util import distributed
 from util.checkpoint import TrainState, explain_write_errors, open_atomic
 from util.distributed import print0
-from util.errors import InputError
+from util.errors import InputError, NonFiniteLossError
 from util.precision import Precision
 
 # the panels of curves.png: keys of log.txt and their labels
@@ -93,7 +93,8 @@ class EpochProgress:
 class RunLog:
     """The files of a run besides its checkpoints: rank 0 writes them if there is a folder.
 
-    Raises InputError where a file cannot be written. Call `close` however the run ends.
+    Raises InputError where a file cannot be written. As a context it is closed however the run ends, and the last line
+    of a run that diverged says so.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -101,6 +102,15 @@ class RunLog:
         # closing it releases the lock, if there is one
         self.lock = contextlib.ExitStack()
         self.events = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, _) -> None:
+        if isinstance(error, NonFiniteLossError) and self.folder is not None:
+            finished = [line["epoch"] for line in self.read()]
+            self.log_epoch({"epoch": max(finished, default=-1) + 1, "diverged": True})
+        self.close()
 
     def start(self, record: dict, start_epoch: int) -> None:
         """Create and lock the folder, write `record` as args.json, and drop log.txt's lines from `start_epoch` on."""
@@ -247,9 +257,6 @@ def print_run_summary(state: TrainState, images: int, test_images: int, distinct
         f"{images} training and {test_images} test images; an epoch of {updates} updates shows {distinct} distinct "
         f"images{repeated}"
     )
-
-    if state.scaler.is_enabled() and not state.optimizer.param_groups[0].get("fused"):
-        print0(f"--amp fp16 with --opt {args['opt']}: every update waits for the device; --amp bf16 does not")
 
     # Defaults that surprise in short runs and in fine-tuning
     if args["warmup_epochs"] >= epochs:

@@ -24,10 +24,12 @@ from util.command import (
 )
 from util.config import DATA_SETS, AugmentConfig, DataConfig, ModelConfig, resolve_input_size
 from util.errors import InputError
+from util.precision import AMP_FLAG
 
 # timm's, except plateau: it is no function of the epoch, which a resumed run needs
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+VISUALIZATIONS = ("mask", "attention", "head_tokens", "matrix", "rollout", "distance")
 NO_EFFECT = "accepted for old command lines, no effect"
 # flags that only models with token reorganisation can follow
 EVIT_FLAGS = ("base_keep_rate", "fuse_token", "drop_loc", "shrink_start_epoch", "shrink_epochs", "visualize_mask")
@@ -46,17 +48,12 @@ FLAGS = {
         ("--epochs", positive_int, 300, "number of epochs to train"),
         ("--accum-steps", positive_int, 1, "gradient accumulation: batches per update"),
         ("--output_dir", str, "", "folder for checkpoints, logs and curves; nothing is saved without it"),
-        (
-            "--resume",
-            str,
-            "",
-            "checkpoint to continue, evaluate or visualize; auto: the newest one in --output_dir, if any",
-        ),
+        ("--resume", str, "", "checkpoint to continue, evaluate or visualize; auto: the newest in --output_dir"),
         ("--start_epoch", nonnegative_int, 0, "first epoch, for a checkpoint that does not hold its own"),
         ("--checkpoint-interval", positive_float, None, "save within epochs too, every so many minutes"),
         ("--keep-checkpoints", positive_int, 2, "number of latest epochs whose checkpoints are kept"),
         ("--eval", bool, False, "evaluate the checkpoint of --resume and exit"),
-        ("--use-ema", bool, False, "with --eval, --finetune and --visualize_*: use the EMA weights"),
+        ("--use-ema", bool, False, "with --eval, --finetune and --visualize: use the EMA weights"),
         ("--eval-freq", positive_int, 1, "evaluate every so many epochs, and after the last"),
         ("--print-freq", positive_int, 10, "updates between two reports"),
         ("--test_speed", bool, False, "measure throughput and MACs first, then go on"),
@@ -66,12 +63,7 @@ FLAGS = {
         ("--deterministic", bool, False, "the same numbers in every run, on GPUs too; slower there"),
     ),
     "speed and memory": (
-        (
-            "--amp",
-            ("auto", "off", "fp16", "bf16"),
-            "auto",
-            "mixed precision; auto: bf16 or else fp16 on CUDA, off elsewhere",
-        ),
+        AMP_FLAG,
         ("--tf32", bool, False, "compute float32 matrix products of CUDA devices in TensorFloat-32"),
         ("--compile", bool, False, "torch.compile: minutes at the start, faster afterwards"),
         ("--channels-last", bool, False, "channels-last memory format, for convolutional models"),
@@ -142,7 +134,7 @@ FLAGS = {
             "--repeated-aug",
             BooleanOptionalAction,
             True,
-            "each image three times per epoch, differently augmented; an epoch is a third of the images, from 256 on",
+            "each image three times per epoch, differently augmented; an epoch shows a third of them (all below 256)",
         ),
         ("--reprob", fraction, 0.25, "probability of random erasing"),
         ("--remode", ("pixel", "rand", "const"), "pixel", "what random erasing fills with"),
@@ -178,10 +170,14 @@ FLAGS = {
         ("--distillation-tau", positive_float, 1.0, "temperature of soft distillation"),
     ),
     "pictures of what a checkpoint looks at": (
-        ("--visualize_mask", bool, False, "write which patches EViT keeps, and exit"),
-        ("--visualize_attention", bool, False, "write the class token's attention of a ViT, and exit"),
-        ("--n_visualization", positive_int, 128, "number of images, with --visualize_*"),
+        ("--visualize", VISUALIZATIONS, None, "write pictures of a kind and exit; README explains the kinds"),
+        ("--visualize_mask", bool, False, "the same as --visualize mask: which patches EViT keeps"),
+        ("--visualize_attention", bool, False, "the same as --visualize attention: where the class token looks"),
+        ("--n_visualization", positive_int, 128, "number of images, with --visualize"),
         ("--image-dir", str, None, "images without labels, instead of the validation set"),
+        ("--blocks", [positive_int], None, "blocks to show, counted from 1; default: as the paper, or all"),
+        ("--format", ("png", "pdf"), "png", "format of the figures"),
+        ("--npz", bool, False, "also write the numbers that a figure shows, to a .npz of its name"),
     ),
     "distribution": (
         ("--dist-backend", str, None, "default: nccl on CUDA, gloo on the CPU"),
@@ -238,10 +234,10 @@ def is_evit(model: str) -> bool:
 
 
 def visualization_mode(args: argparse.Namespace) -> str:
-    """Return which visualization is asked for: "mask", "attention" or none ("")."""
+    """Return which of VISUALIZATIONS is asked for, "" if none."""
     if args.visualize_mask:
         return "mask"
-    return "attention" if args.visualize_attention else ""
+    return "attention" if args.visualize_attention else args.visualize or ""
 
 
 def is_mixup_active(args: argparse.Namespace) -> bool:
@@ -277,13 +273,8 @@ def check_modes(args: argparse.Namespace) -> None:
     """Raise InputError for flags that contradict each other, that need another, or that would do nothing."""
     # what is done instead of training
     mode = visualization_mode(args)
-    modes = {
-        "--eval": args.eval,
-        "--only_test_speed": args.only_test_speed,
-        "--visualize_mask": args.visualize_mask,
-        "--visualize_attention": args.visualize_attention,
-    }
-    active = [flag for flag, on in modes.items() if on]
+    modes = ("eval", "only_test_speed", "visualize", "visualize_mask", "visualize_attention")
+    active = [f"--{name}" for name in modes if getattr(args, name)]
     # speed may be measured before an evaluation, pictures are made alone
     if mode and len(active) > 1:
         raise InputError(f"{' and '.join(active)}: give one at a time")
@@ -293,9 +284,10 @@ def check_modes(args: argparse.Namespace) -> None:
 
     # flags without effect in this mode
     if args.use_ema and not (args.eval or args.finetune or mode):
-        raise InputError("--use-ema is for --eval, --finetune and --visualize_*: leave it out")
-    if args.image_dir and not mode:
-        raise InputError("--image-dir is for --visualize_mask and --visualize_attention: add one of them")
+        raise InputError("--use-ema is for --eval, --finetune and --visualize: leave it out")
+    for name in ("image_dir", "blocks", "format", "npz"):
+        if name in args.given and not mode:
+            raise InputError(f"--{name.replace('_', '-')} is for --visualize KIND: add it")
     if args.resume == "auto" and not args.output_dir:
         raise InputError("--resume auto looks into --output_dir: give one")
     if args.compile and args.grad_checkpointing:

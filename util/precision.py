@@ -1,4 +1,4 @@
-"""How numbers are computed, decided once: mixed precision, loss scaling and memory format."""
+"""How numbers are computed, decided once: mixed precision, loss scaling, attention and memory format."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -8,19 +8,40 @@ from torch import Tensor, nn
 
 from util import distributed
 
+# what --amp takes, and the dtype of each
+DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+AMP_FLAG = (
+    "--amp",
+    ("auto", *DTYPES),
+    "auto",
+    "mixed precision; auto: bf16 where the device computes it natively, else fp16 on CUDA, else off",
+)
 
-def resolve_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of --amp, or None for float32; auto is bf16 or else fp16 on CUDA, and off elsewhere."""
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if distributed.supports_bf16(device) else "fp16"
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(amp)
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """Return what --amp auto is on a device, and print why; return other values as they are."""
+    if amp != "auto":
+        return amp
+    native = distributed.supports_bf16(device)
+    amp = "bf16" if native else "fp16" if device.type == "cuda" else "off"
+    distributed.print0(f"--amp {amp}: this {device.type} {'computes' if native else 'does not compute'} bf16 natively")
+    return amp
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 under autocast too: logits in half precision would tie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 @dataclass
 class Precision:
     """Mixed precision and memory format, so that the training loop has no branch for them.
 
-    `dtype` None is float32 throughout. Losses are scaled for fp16 only.
+    `dtype` None is float32 throughout. Losses are scaled for fp16 only; weights, statistics of norm layers, EMA,
+    losses and the logits of a linear classifier are float32 in all of them.
     """
 
     device: torch.device
@@ -36,8 +57,22 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    @property
+    def fused_attn(self) -> bool:
+        """Whether to use torch's fused attention, and not two products and a softmax: see BENCHMARKS.md."""
+        return self.device.type != "cpu" or self.dtype is None
+
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the run's device and memory format, and return it."""
+        """Move a model to the run's device and memory format, choose its attention, and return it."""
+        for module in model.modules():
+            if not self.fused_attn and hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        if self.dtype is not None:
+            # a distilled model has two
+            classifiers = model.get_classifier()
+            for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+                if type(classifier) is nn.Linear:
+                    classifier.__class__ = Float32Linear
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         return model.to(self.device, memory_format=memory_format)
 

@@ -1,49 +1,34 @@
-"""Pictures of what a model looks at: the patches that EViT keeps, or the class token's attention, block by block.
+"""Pictures of what a model looks at: the patches that EViT keeps, and the attention of vision transformers.
+
+Blocks, heads and head tokens are counted from 1 in pictures and file names.
 
 Shape comments: H x W pixels, P patches, N tokens (class token first; DHVT's head tokens last), h heads.
 """
 
-import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from PIL import Image
 from timm.models import VisionTransformer
-from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
+from util import attention
+from util.attention import View
 from util.checkpoint import open_atomic
 from util.config import ModelConfig
 from util.errors import InputError
+from util.figures import Picture, Row, draw_distances, draw_matrices, draw_rows
 
-SHEETS = {"mask": "contact_sheet.png", "attention": "attention_sheet.png"}
-
-
-class Tile(NamedTuple):
-    """A picture of one image: its part of the file name, uint8 [H, W, 3], and the sheet's text below it."""
-
-    name: str
-    pixels: np.ndarray
-    caption: str = ""
-
-
-class Row(NamedTuple):
-    """What the sheet shows of one image."""
-
-    text: str
-    color: str
-    tiles: list[Tile]
+# of the paper's figures 7 to 9
+PAPER_BLOCKS = np.array([2, 5, 8, 11])
 
 
 def write_pictures(
-    mode: str,
+    kind: str,
     model: nn.Module,
     samples: Iterable[tuple[Tensor, str | None, str]],
     *,
@@ -52,187 +37,209 @@ def write_pictures(
     autocast: Callable,
     device: torch.device,
     config: ModelConfig,
+    blocks: Sequence[int] | None = None,
+    file_format: str = "png",
+    npz: bool = False,
 ) -> list[Path]:
-    """Write each image, a picture of it per block, and a sheet of the first 32; return the files, the sheet last.
+    """Write pictures of a kind, a key of `figures.TITLES`; return their files, the overview last.
 
-    `mode` is "mask" or "attention". `samples` yields images [3, H, W] normalised as `config` says, each with its
-    label, if known, and the name of its source. `classes` names the model's outputs. Pictures of an earlier call are
-    removed. Raises InputError for a model with nothing to show, and where there is no image.
+    `samples` yields images [3, H, W] normalised as `config` says, each with its label, if known, and the name of its
+    source. `classes` names the model's outputs. `blocks` are counted from 1. With `npz` the numbers that a figure shows
+    are beside it. Pictures of the same kind from an earlier call are removed. Raises InputError for a model with
+    nothing to show, for blocks that it does not have, and where there is no image.
     """
-    check_model(mode, model)
+    check_model(kind, model)
+    blocks = resolve_blocks(kind, model, blocks)
     # read all images first, so that a bad file ends this before earlier pictures are removed
     samples = list(samples)
     if not samples:
         raise InputError(f"{folder}: there is no image to show; nothing was written")
-    make_tiles = mask_tiles if mode == "mask" else attention_tiles
-    model.eval()
-    paths = []
-    rows = []
+    views = attention.view_images(kind, model.eval(), samples, classes, autocast, device, config)
+    draw = {"matrix": matrix_pictures, "distance": distance_pictures}.get(kind, tile_pictures)
+    pictures = draw(kind, model, views, blocks)
+    # raises InputError for a model without head tokens
+    first = next(pictures)
+
     # Pictures of an earlier call go, other files stay
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("[0-9][0-9][0-9][0-9]_[0-9][0-9]_*.png"):
-        path.unlink()
+    for path in folder.iterdir():
+        if re.fullmatch(rf"{kind}_(\d{{4}}|overview)\.(png|pdf|npz)", path.name):
+            path.unlink()
 
-    for number, (image, label, source) in enumerate(samples):
-        # Undo the normalisation: the pixels of the image, exactly
-        pixels = image.cpu().permute(1, 2, 0) * torch.tensor(config.std) + torch.tensor(config.mean)  # H, W, 3
-        pixels = (255 * pixels).round().byte().numpy()
-
-        # Predict, and make the pictures
-        image = image[None].to(device)  # 1, 3, H, W
-        with torch.inference_mode(), autocast():
-            logits = model(image)
-            tiles = [Tile("input", pixels), *make_tiles(model, image, pixels)]
-        for step, tile in enumerate(tiles):
-            paths.append(folder / f"{number:04}_{step:02}_{tile.name}.png")
-            with open_atomic(paths[-1]) as file:
-                Image.fromarray(tile.pixels).save(file, "png")
-
-        # Name the prediction; a head may have more outputs than there are names
-        probability, best = logits[0].float().softmax(dim=0).max(dim=0)
-        names = dict(enumerate(classes or ()))
-        predicted = names.get(int(best), f"{best}")
-        text = f"{label or ''} → {predicted} {probability:.0%}   {source}"
-        color = "black" if label in (None, predicted) else "red"
-        # A longer sheet would be too much to look at
-        if number < 32:
-            rows.append(Row(text, color, tiles))
-    paths.append(folder / SHEETS[mode])
-    title = f"{model.pretrained_cfg['architecture']}: {len(rows)} of {len(samples)} images"
-    with open_atomic(paths[-1]) as file:
-        draw_sheet(mode, model, title, rows).savefig(file, format="png")
+    paths = []
+    for picture in chain([first], pictures):
+        if npz:
+            with open_atomic(folder / f"{picture.name}.npz") as file:
+                np.savez_compressed(file, **picture.numbers)
+        if kind == "distance":
+            with open_atomic(folder / f"{picture.name}.csv") as file:
+                write_csv(file, **picture.numbers)
+        paths.append(folder / f"{picture.name}.{file_format}")
+        with open_atomic(paths[-1]) as file:
+            picture.figure.savefig(file, format=file_format, dpi=200)
     return paths
 
 
-def check_model(mode: str, model: nn.Module) -> None:
-    """Raise InputError if a model has nothing to show in a mode."""
+def check_model(kind: str, model: nn.Module) -> None:
+    """Raise InputError if a model has nothing to show of a kind."""
     name = model.pretrained_cfg["architecture"]
-    if mode == "mask":
+    if kind == "mask":
         if not getattr(model, "drop_loc", ()):
-            raise InputError(f"{name} does not reorganise tokens: --visualize_mask is for *_shrink_base models")
+            raise InputError(
+                f"{name} does not reorganise tokens: --visualize mask is for *_shrink_base models; "
+                "use --visualize attention"
+            )
         return
-    if not isinstance(model, VisionTransformer) or model.cls_token is None:
-        raise InputError(
-            f"{name} has no class token that attends to patches: --visualize_attention is for DHVT, DeiT, ViT and EViT"
-        )
+    layers = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    if not isinstance(model, VisionTransformer) or len(layers) != len(model.blocks):
+        raise InputError(f"{name} has no attention to show: --visualize is for DHVT, DeiT, EViT and timm's ViT")
+    if kind in ("attention", "rollout") and model.cls_token is None:
+        raise InputError(f"{name} has no class token: use --visualize matrix or --visualize distance")
     # where tokens were dropped, there is no attention to all patches
     if getattr(model, "base_keep_rate", 1) < 1:
         raise InputError(
             f"{name} keeps only some tokens: add --base_keep_rate 1 to see its attention to all patches, "
-            "or use --visualize_mask"
+            "or use --visualize mask"
         )
 
 
-def patch_numbers(model: nn.Module, pixels: np.ndarray) -> np.ndarray:
-    """Return the number of the patch that each pixel of an image [H, W, 3] belongs to: [H, W]."""
-    H, W, _ = pixels.shape
-    grid = model.patch_embed.dynamic_feat_size((H, W))
-    height, width = model.patch_embed.feat_ratio(as_scalar=False)
-    numbers = np.arange(grid[0] * grid[1]).reshape(grid)  # rows and columns of patches
-    # patches reach beyond an image that the model pads
-    return numbers.repeat(height, axis=0).repeat(width, axis=1)[:H, :W]  # H, W
+def resolve_blocks(kind: str, model: nn.Module, blocks: Sequence[int] | None) -> np.ndarray:
+    """Return the blocks to show, counted from 1. Raises InputError for blocks that there are not."""
+    possible = np.add(model.drop_loc if kind == "mask" else range(len(model.blocks)), 1)
+    if blocks is None:
+        in_paper = PAPER_BLOCKS if np.isin(PAPER_BLOCKS, possible).all() else possible
+        # a rollout ends with the last block
+        defaults = {"head_tokens": in_paper, "matrix": in_paper, "rollout": possible[-1:]}
+        return defaults.get(kind, possible)
+    for block in blocks:
+        if block not in possible:
+            raise InputError(
+                f"--blocks {block}: {kind} is of blocks {', '.join(map(str, possible))}; give some of them"
+            )
+    return np.unique(blocks)
 
 
-def follow_patches(places: dict[int, Tensor], patches: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield for each block of `places` its number and the token, [P], that each patch is part of after it.
+# kinds that show a number for each patch
 
-    A token is known by its patch's number, or as P + b if block b fused it; a dropped patch has -1. `places` are the
-    tokens that are left after each block, {block: [1, n]}, as `EViT.trace_tokens` returns them for one image.
+
+def tile_pictures(
+    kind: str,
+    model: nn.Module,
+    views: Iterable[View],
+    blocks: np.ndarray,
+) -> Iterator[Picture]:
+    """Yield a picture of each image, and an overview of the first ones."""
+    overview = []
+    for number, view in enumerate(views):
+        rows = mask_rows(model, view, blocks) if kind == "mask" else map_rows(kind, view, blocks)
+        yield draw_rows(f"{kind}_{number:04}", kind, model, rows, tile_inches=2.6 if len(rows) == 1 else 1.6)
+        # a longer one would be too much to look at
+        if len(overview) < 32:
+            overview += map_rows("mean", view, blocks) if kind == "attention" else rows
+    yield draw_rows(f"{kind}_overview", kind, model, overview, tile_inches=1.4)
+
+
+def map_rows(
+    kind: str,
+    view: View,
+    blocks: np.ndarray,
+) -> list[Row]:
+    """Return maps of attention: a row per block, or one row of all blocks for the kinds rollout and mean.
+
+    The latter is the class token's attention, mean of the heads. Raises InputError for a model without head tokens.
     """
-    token = np.arange(patches)
-    for block, tokens in places.items():
-        left = tokens[0].tolist()
-        fused = patches + block
+    if kind == "head_tokens":
+        if view.layout.count_head_tokens(view.record) == 0:
+            raise InputError("--visualize head_tokens is for DHVT: this model has none; use --visualize attention")
+        maps = view.layout.to_maps(attention.head_token_rows(view.record[blocks - 1], view.layout))
+        tile_names = [f"head token {i + 1}" for i in range(maps.shape[1])]
+    elif kind == "rollout":
+        maps = attention.rollout(view.record, view.layout)[None, blocks - 1]
+    else:
+        maps = view.layout.to_maps(view.record[blocks - 1, :, 0])  # blocks, h, rows, columns
+        means = maps.mean(axis=1, keepdims=True)
+        tile_names = ["mean of heads", *(f"head {i + 1}" for i in range(maps.shape[1]))]
+        maps = means.swapaxes(0, 1) if kind == "mean" else np.concatenate([means, maps], axis=1)
+
+    # a row is a block and a tile a head, or there is one row with a tile per block
+    texts = [f", block {block}" for block in blocks]
+    if kind in ("rollout", "mean"):
+        tile_names = [f"block {block}" for block in blocks]
+        texts = [", mean of heads"]
+    rows = []
+    for text, values in zip(texts, maps, strict=True):
+        captions = [f"{name}\nlargest {tile.max():.2%}" for name, tile in zip(tile_names, values, strict=True)]
+        rows.append(Row(view.text + text, view.color, view.pixels, values, captions))
+    return rows
+
+
+# masks
+
+
+def mask_rows(
+    model: nn.Module,
+    view: View,
+    blocks: np.ndarray,
+) -> list[Row]:
+    """Return one row: after each block of `drop_loc`, the token [rows, columns] that each patch is part of.
+
+    A token is known by its patch's number, or as P + b if block b (from 0) fused it; a dropped patch has -1.
+    """
+    P = np.prod(view.layout.grid)
+    token = np.arange(P)
+    maps = []
+    captions = []
+    for block, left in view.record.items():
+        left = left[0].tolist()
         # a token that is not left went into the fused one, if there is one
         stays = np.isin(token, left) | (token < 0)
-        token = np.where(stays, token, fused if fused in left else -1)
-        yield block, token
+        token = np.where(stays, token, P + block if P + block in left else -1)
+        if block + 1 in blocks:
+            # a patch that is not fused still has its own number
+            kept = (token == np.arange(P)).sum()
+            captions.append(
+                f"after block {block + 1}\n{kept} of {P} patches kept,\n"
+                f"{P - kept} {'fused' if model.fuse_token else 'dropped'}: {len(left)} tokens"
+            )
+            maps.append(token.reshape(view.layout.grid))
+    return [Row(view.text, view.color, view.pixels, np.stack(maps), captions)]
 
 
-def fused_colors(model: nn.Module) -> dict[int, tuple]:
-    """Return the color, (red, green, blue) up to 255, of the token that each block fuses, by the block's number."""
-    blocks = model.drop_loc if model.fuse_token else ()
-    return {block: matplotlib.colormaps["tab10"](i % 10, bytes=True)[:3] for i, block in enumerate(blocks)}
+# attention matrices and distances
 
 
-def mask_tiles(model: nn.Module, image: Tensor, pixels: np.ndarray) -> Iterator[Tile]:
-    """Yield for each block of `drop_loc` the patches of an image [1, 3, H, W] that are still tokens."""
-    patch = patch_numbers(model, pixels)  # H, W
-    patches = patch.max() + 1
-    _, places = model.trace_tokens(image)
-    for block, token in follow_patches(places, patches):
-        picture = pixels.copy()
-        # dropped patches are white
-        picture[token[patch] < 0] = 255
-        # fused ones have the color of the block that fused them
-        for number, color in fused_colors(model).items():
-            picture[token[patch] == patches + number] = color
-        # a patch that is not fused still has its own number
-        kept = (token == np.arange(patches)).sum()
-        caption = f"block {block}\n{kept}/{patches}, {patches - kept} {'fused' if model.fuse_token else 'dropped'}"
-        yield Tile(f"block{block:02}", picture, caption)
+def matrix_pictures(
+    kind: str,
+    model: nn.Module,
+    views: Iterable[View],
+    blocks: np.ndarray,
+) -> Iterator[Picture]:
+    """Yield a picture of each image's attention matrices, and one of their mean."""
+    total = 0
+    for count, view in enumerate(views, start=1):
+        matrices = view.record[blocks - 1].mean(axis=1)  # blocks, N, N
+        total = total + matrices
+        yield draw_matrices(f"matrix_{count - 1:04}", model, view.text, matrices, blocks, view.layout)
+    yield draw_matrices("matrix_overview", model, f"mean of {count} images", total / count, blocks, view.layout)
 
 
-def class_attention(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """Return the class token's attention in each block, [N], the mean over its heads, for an image [1, 3, H, W]."""
-    # hooks and unfused attention for a copy: fused kernels do not return the weights
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    attention = AttentionExtract(model, method="hook")(image)
-    return [weights[0, :, 0].mean(dim=0) for weights in attention.values()]  # weights are 1, h, N, N
+def distance_pictures(
+    kind: str,
+    model: nn.Module,
+    views: Iterable[View],
+    blocks: np.ndarray,
+) -> Iterator[Picture]:
+    """Yield one picture: the mean attention distance of each head, over all images."""
+    found = []
+    for view in views:
+        distances = attention.patch_distances(view.layout.grid, model.patch_embed.feat_ratio(as_scalar=False))
+        found.append(attention.mean_distances(view.record[blocks - 1], view.layout, distances))
+    mean = np.mean(found, axis=0)  # blocks, h
+
+    yield draw_distances("distance_overview", model, f"mean of {len(found)} images", mean, blocks, distances.mean())
 
 
-def attention_tiles(model: nn.Module, image: Tensor, pixels: np.ndarray) -> Iterator[Tile]:
-    """Yield for each block the class token's attention to the patches of an image [1, 3, H, W]."""
-    patch = patch_numbers(model, pixels)  # H, W
-    # tokens are class token, registers, patches, head tokens
-    start = model.num_prefix_tokens
-    end = start + patch.max() + 1
-    for block, row in enumerate(class_attention(model, image)):
-        row = row.float().cpu().numpy()
-        weights = row[start:end]  # P
-        picture = matplotlib.colormaps["inferno"](weights[patch] / weights.max(), bytes=True)  # H, W, 4
-        caption = f"block {block}\nmax {weights.max():.1%}"
-        # the head tokens are DHVT's
-        if len(row) > end:
-            caption += f", heads {row[end:].sum():.0%}"
-        yield Tile(f"attention{block:02}", picture[..., :3], caption)
-
-
-def draw_sheet(mode: str, model: nn.Module, title: str, rows: list[Row]) -> Figure:
-    """Draw a row of pictures per image, a column per block, and a legend."""
-    H, W, _ = rows[0].tiles[0].pixels.shape
-    columns = len(rows[0].tiles)
-    # in inches; on grey paper white patches can be seen
-    size = max(8, 1.5 * columns), len(rows) * (1.5 * H / W + 0.6) + 1.2
-    figure = Figure(size, dpi=160, facecolor="0.93", layout="constrained")
-    grid = figure.subplots(len(rows), squeeze=False)
-
-    # what colors and numbers mean
-    if mode == "mask":
-        note = f"keep rate {model.base_keep_rate:g}; patches kept as tokens / all, and those fused or dropped (white)"
-        colors = fused_colors(model).items()
-        patches = [Patch(color=np.divide(color, 255), label=f"fused in block {block}") for block, color in colors]
-        figure.legend(handles=patches, loc="outside lower left", ncols=columns)
-    else:
-        note = "class token's attention to patches, as a share of the largest (max), and to DHVT's head tokens (heads)"
-        figure.colorbar(
-            ScalarMappable(cmap="inferno"), ax=grid[0], location="top", shrink=0.4, anchor=(0, 0), aspect=40
-        )
-    figure.suptitle(f"{title}\n{note}", x=0.01, ha="left", fontsize="medium")
-
-    # one set of axes per image, since one per picture would take ten times as long
-    for axes, row in zip(grid.flat, rows, strict=True):
-        # each picture with a border of the paper's grey
-        border = (0, 0), (W // 20, W // 20), (0, 0)
-        strip = np.hstack([np.pad(tile.pixels, border, constant_values=237) for tile in row.tiles])
-        axes.imshow(strip)
-        # names may hold a dollar sign
-        axes.set_title(row.text, color=row.color, loc="left", fontsize="medium", parse_math=False)
-        centers = (np.arange(columns) + 0.5) * strip.shape[1] / columns
-        axes.set_xticks(centers, [tile.caption for tile in row.tiles], fontsize=6)
-        axes.tick_params(length=0, labelleft=False)
-        axes.set(frame_on=False, anchor="W")
-    return figure
+def write_csv(file: BinaryIO, values: np.ndarray, blocks: np.ndarray) -> None:
+    """Write distances [blocks, h]: a line per block, a column per head."""
+    header = ",".join(["block", *(f"head {i + 1}" for i in range(values.shape[1]))])
+    np.savetxt(file, np.column_stack([blocks, values]), fmt="%.6g", delimiter=",", header=header, comments="")

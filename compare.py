@@ -1,0 +1,198 @@
+"""Compare runs: python compare.py RUN… [--out FOLDER].
+
+A RUN is an --output_dir of main.py, whether finished or not, or a folder of such folders. Runs of as many epochs that
+differ in the seed alone are one line, with mean ± standard deviation. A line is named by the flags in which it differs
+from others.
+"""
+
+import csv
+import json
+import statistics
+import sys
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
+
+import engine
+from models.build import build_model
+from util import options
+from util.checkpoint import FLAGS_WITHOUT_EFFECT
+from util.command import Parser, add_flags, run_command
+from util.errors import InputError
+from util.log import RunLog
+
+FLAGS = (("--out", str, None, "folder for compare.csv and compare.png, the accuracies by epoch"),)
+
+# what runs of one line may differ in: besides the seed, what follows from other flags
+IGNORED = FLAGS_WITHOUT_EFFECT | {
+    "seed",
+    "data_path",
+    "given",
+    "effective_batch",
+    "effective_lr",
+    "n_parameters",
+    "precision",
+    "versions",
+}
+
+# numbers of a run: their titles, and how they are printed
+COLUMNS = {
+    "best top-1": ".2f",
+    "last top-1": ".2f",
+    "best EMA": ".2f",
+    "parameters (M)": ".3f",
+    "GMACs": ".3f",
+    "images/s": ".1f",
+    "minutes": ".1f",
+}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return a run's args, the flags that tell it apart, its curve {epoch: top-1} and its numbers, as in COLUMNS.
+
+    Raises InputError, without the folder's name, for a run without results.
+    """
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        raise InputError("unreadable: no args.json, or a damaged one") from None
+    epochs = RunLog(folder).read()
+    tested = [line for line in epochs if "test_acc1" in line]
+    if any("diverged" in line for line in epochs):
+        raise InputError(f"diverged in epoch {epochs[-1]['epoch']}")
+    if not tested:
+        raise InputError("no epoch is finished")
+
+    # flags that are newer than the run are at their defaults
+    args = vars(options.build_parser().parse_args([])) | saved
+    # EViT: accuracies at a higher keep rate are those of a slower model
+    rate = min(line.get("keep_rate", 1) for line in tested)
+    at_rate = [line for line in tested if line.get("keep_rate", 1) == rate]
+    numbers = [
+        max(line["test_acc1"] for line in at_rate),
+        tested[-1]["test_acc1"],
+        max(line.get("test_ema_acc1", np.nan) for line in at_rate),
+        args["n_parameters"] / 1e6,
+        count_gmacs(args),
+        statistics.median(line["images_per_s"] for line in epochs),
+        sum(line["epoch_seconds"] for line in epochs) / 60,
+    ]
+    flags = {name: value for name, value in args.items() if name not in IGNORED}
+    return {
+        "args": args,
+        "flags": flags | flags.pop("model_kwargs"),
+        "curve": {line["epoch"]: line["test_acc1"] for line in tested},
+        "numbers": numbers,
+    }
+
+
+def count_gmacs(args: dict[str, Any]) -> float:
+    try:
+        config = options.model_config(Namespace(**args))
+        return engine.count_macs(build_model(config), config.input_size)
+    # a model's own code may raise anything
+    except Exception:
+        return np.nan
+
+
+def describe_groups(groups: Sequence[list[dict]]) -> Iterator[str]:
+    """Yield the flags in which each group of runs differs from another one, or the model's name if there are none."""
+    all_flags = [runs[0]["flags"] for runs in groups]
+    for flags in all_flags:
+        words = []
+        for name, value in flags.items():
+            if any(other.get(name) != value for other in all_flags):
+                words.append(value if name == "model" else f"{name}={value}")
+        yield " ".join(words) or flags["model"]
+
+
+def mean_and_std(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation over the runs of [runs, columns]; of a single run it is 0."""
+    values = np.array(values)
+    return values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
+
+
+def format_line(label: str, runs: Sequence[dict]) -> str:
+    """Return a line of the Markdown table."""
+    cells = [label, f"{len(runs)}", f"{1 + max(runs[0]['curve'])}/{runs[0]['args']['epochs']}"]
+    for style, mean, std in zip(COLUMNS.values(), *mean_and_std([run["numbers"] for run in runs]), strict=True):
+        # parameters and MACs are the same for every seed
+        cells.append(f"{mean:{style}} ± {std:{style}}" if std > 0 else f"{mean:{style}}")
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(labels: Sequence[str], groups: Sequence[list[dict]], path: Path) -> None:
+    """Draw accuracy by epoch: the mean of each group's runs, and a band of one standard deviation."""
+    figure = Figure((9, 5 + 0.25 * len(groups)), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="top-1 accuracy (%)")
+    # ten colors, then the same ones dashed
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    for label, runs in zip(labels, groups, strict=True):
+        # epochs that all runs have evaluated
+        epochs = sorted(set.intersection(*(set(run["curve"]) for run in runs)))
+        mean, std = mean_and_std([[run["curve"][epoch] for epoch in epochs] for run in runs])
+        (curve,) = axes.plot(epochs, mean, label=f"{label} ({len(runs)})")
+        axes.fill_between(epochs, mean - std, mean + std, color=curve.get_color(), alpha=0.15)
+    figure.legend(loc="outside lower center")
+    figure.savefig(path, dpi=200)
+
+
+def run(argv: list[str]) -> None:
+    parser = Parser(prog="compare.py", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of runs")
+    add_flags(parser, FLAGS)
+    args = parser.parse_args(argv)
+
+    # Find the runs, each once
+    folders = {}
+    for word in args.runs:
+        for path in sorted(Path(word).rglob("args.json")) or [Path(word, "args.json")]:
+            folders[path.parent.resolve()] = path.parent
+
+    # Group them by the flags that tell them apart, and list what is wrong with others
+    found = defaultdict(list)
+    errors = []
+    for folder in folders.values():
+        try:
+            run = read_run(folder)
+            # an unfinished run would spoil the means
+            key = json.dumps(run["flags"], sort_keys=True), max(run["curve"])
+            found[key].append(run)
+        except InputError as error:
+            errors.append([f"{folder}: {error}"])
+    groups = list(found.values())
+    labels = list(describe_groups(groups))
+
+    print(f"| run | n | epochs | {' | '.join(COLUMNS)} |\n|{'---|' * (3 + len(COLUMNS))}")
+    table = []
+    for label, runs in zip(labels, groups, strict=True):
+        print(format_line(label, runs))
+        table += [[label, run["args"]["seed"], *run["numbers"]] for run in runs]
+    for (error,) in errors:
+        print(f"| {error} |")
+
+    # each run by itself, and the picture
+    if args.out:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "compare.csv", "w") as file:
+            csv.writer(file).writerows([["run", "seed", *COLUMNS], *table, *errors])
+        if groups:
+            draw(labels, groups, out / "compare.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("compare.py", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
