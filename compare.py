@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rcParams
 from matplotlib.figure import Figure
-from matplotlib.rcsetup import cycler
 
 import engine
 from models.build import build_model
@@ -123,8 +121,9 @@ def format_line(label: str, runs: Sequence[dict]) -> str:
     """Return a line of the Markdown table."""
     cells = [label, f"{len(runs)}", f"{1 + max(runs[0]['curve'])}/{runs[0]['args']['epochs']}"]
     for style, mean, std in zip(COLUMNS.values(), *mean_and_std([run["numbers"] for run in runs]), strict=True):
-        # parameters and MACs are the same for every seed
-        cells.append(f"{mean:{style}} ± {std:{style}}" if std > 0 else f"{mean:{style}}")
+        # parameters and MACs are the same for every seed, but for rounding
+        spread = f" ± {std:{style}}" if std > 1e-9 else ""
+        cells.append(f"{mean:{style}}{spread}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -132,23 +131,40 @@ def draw(labels: Sequence[str], groups: Sequence[list[dict]], path: Path) -> Non
     """Draw accuracy by epoch: the mean of each group's runs, and a band of one standard deviation."""
     figure = Figure((9, 5 + 0.25 * len(groups)), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="top-1 accuracy (%)")
-    # ten colors, then the same ones dashed
-    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
-    for label, runs in zip(labels, groups, strict=True):
+    for i, (label, runs) in enumerate(zip(labels, groups, strict=True)):
         # epochs that all runs have evaluated
         epochs = sorted(set.intersection(*(set(run["curve"]) for run in runs)))
         mean, std = mean_and_std([[run["curve"][epoch] for epoch in epochs] for run in runs])
-        (curve,) = axes.plot(epochs, mean, label=f"{label} ({len(runs)})")
-        axes.fill_between(epochs, mean - std, mean + std, color=curve.get_color(), alpha=0.15)
+        # colors repeat after ten lines, which are dashed then
+        color = f"C{i % 10}"
+        axes.plot(
+            epochs,
+            mean,
+            linestyle="--" if i // 10 % 2 else "-",
+            color=color,
+            label=f"{label} ({len(runs)})",
+        )
+        axes.fill_between(
+            epochs,
+            mean - std,
+            mean + std,
+            color=color,
+            alpha=0.15,
+        )
     figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=200)
 
 
 def run(argv: list[str]) -> None:
     parser = Parser(prog="compare.py", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of runs")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run, or of runs",
+    )
     add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
 

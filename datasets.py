@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from data import inaturalist
 from data.images import (
@@ -33,10 +32,12 @@ from util import distributed
 from util.config import (
     FOLDER_DATA_SETS,
     INATURALIST,
+    TORCHVISION_SETS,
     AugmentConfig,
     DataConfig,
     ModelConfig,
     is_native_size,
+    may_flip,
 )
 from util.errors import InputError
 from util.stop_signal import ignore_signals
@@ -44,9 +45,6 @@ from util.weights import first_line
 
 # DeiT's default
 MAX_WORKERS = 10
-
-# as in DeiT, CIFAR is CIFAR-100
-CIFAR = {"CIFAR": CIFAR100, "CIFAR-10": CIFAR10}
 
 
 class DatabaseImages(Dataset):
@@ -95,21 +93,29 @@ class DatabaseImages(Dataset):
         return apply_transform(self.transform, image), label
 
 
+def _choose_stratified(targets: np.ndarray, test_size: float, train: bool) -> np.ndarray:
+    """Return the indices of the images for training, or for testing: always the same, and in proportion to classes.
+
+    `test_size` is a share below 1, or a number of images.
+    """
+    from sklearn.model_selection import train_test_split
+
+    parts = train_test_split(
+        np.arange(len(targets)),
+        test_size=test_size,
+        stratify=targets,
+        random_state=0,
+    )
+    return parts[0] if train else parts[1]
+
+
 def load_digits(train: bool, size: tuple[int, int], transform: Callable | None) -> ImageArray:
     """Return scikit-learn's 1,797 handwritten digits at `size` (height, width); 360 of them are for testing."""
     from sklearn import datasets
-    from sklearn.model_selection import train_test_split
 
     digits = datasets.load_digits()
-    splits = train_test_split(
-        digits.images,
-        digits.target,
-        test_size=360,
-        stratify=digits.target,
-        random_state=0,
-    )
-    # train images, test images, train targets, test targets
-    images, targets = splits[0::2] if train else splits[1::2]
+    chosen = _choose_stratified(digits.target, 360, train)
+    images, targets = digits.images[chosen], digits.target[chosen]
     # values are from 0 to 16
     grey = np.rint(images * (255 / 16)).astype(np.uint8)  # N, 8, 8
     pictures = [Image.fromarray(image).convert("RGB") for image in grey]
@@ -117,21 +123,48 @@ def load_digits(train: bool, size: tuple[int, int], transform: Callable | None) 
     return ImageArray(data, targets.tolist(), [str(digit) for digit in range(10)], transform)
 
 
-def load_cifar(name: str, root: Path, train: bool, transform: Callable | None) -> ImageArray:
-    """Return CIFAR-10 or CIFAR-100. All processes call this, and rank 0 downloads what is missing."""
-    cifar = CIFAR[name]
+def load_named(name: str, root: Path, train: bool, transform: Callable | None) -> ImageArray | ImageFiles:
+    """Return a split of one of `TORCHVISION_SETS`. All processes call this, and rank 0 downloads what is missing.
+
+    Grey images become RGB, which is printed for the validation split. Raises InputError, which says what to put where,
+    for files that are missing or damaged.
+    """
+    named = TORCHVISION_SETS[name]
     # processes that download or unpack to one folder would overwrite each other's files
     with distributed.primary_first():
         try:
-            split = cifar(root, train, download=distributed.is_primary())
+            download = distributed.is_primary()
+            splits = [named.cls(root, split, download=download) for split in (named.train if train else named.val)]
         except Exception as error:
             # of any kind: a missing host, a broken download, an archive that is cut short
             reason = first_line(error).partition(". You can")[0]
             raise InputError(
-                f"{root / cifar.filename}: missing or damaged, and not downloaded ({reason}); "
-                f"put {cifar.url} there, and remove {cifar.base_folder}/ if it exists"
+                f"{root / named.place}: missing or damaged, and not downloaded ({reason}); "
+                f"put {named.url} there, and remove what was unpacked from it"
             ) from None
-    return ImageArray(split.data, split.targets, list(split.classes), transform)
+    images = np.concatenate([getattr(split, named.images) for split in splits])
+    targets = np.concatenate([getattr(split, named.labels) for split in splits]).astype(int)
+    # those without names are SVHN's ten digits
+    classes = list(getattr(splits[0], "classes", "0123456789"))
+
+    # a split of our own, where there is none
+    if named.val_share:
+        chosen = _choose_stratified(targets, named.val_share, train)
+        images, targets = images[chosen], targets[chosen]
+    targets = targets.tolist()
+
+    # files, or pixels in one of three layouts
+    if images.dtype != np.uint8:
+        # EuroSAT's come in pairs with their labels
+        files = images[:, 0] if images.ndim == 2 else images
+        return ImageFiles([str(file) for file in files], targets, classes, transform)
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=3)  # N, H, W -> N, H, W, 3
+        if not train:
+            distributed.print0(f"{name}: its grey images become RGB")
+    elif images.shape[1] == 3:
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))  # N, 3, H, W -> N, H, W, 3
+    return ImageArray(images, targets, classes, transform)
 
 
 def _resolve_root(data: DataConfig) -> Path:
@@ -140,13 +173,13 @@ def _resolve_root(data: DataConfig) -> Path:
         raise InputError(f"--use-lmdb: --data-set {data.name} does not consist of class folders; leave it out")
     # the digits come with scikit-learn
     if not data.root and data.name != "DIGITS":
-        layout = ", with train/CLASS/ and val/CLASS/ in it" if in_folders else ""
+        layout = f", with {data.train_split}/CLASS/ and {data.val_split}/CLASS/ in it" if in_folders else ""
         raise InputError(f"--data-set {data.name} needs data; add --data-path FOLDER{layout}")
     return Path(data.root or "")
 
 
 def _resolve_split(data: DataConfig, train: bool) -> Path:
-    name = "train" if train else "val"
+    name = data.train_split if train else data.val_split
     return _resolve_root(data) / (f"{name}.lmdb" if data.lmdb else name)
 
 
@@ -163,11 +196,10 @@ def build_dataset(
     call this together. Raises InputError for missing, damaged and inconsistent data.
     """
     root = _resolve_root(data)
-    # images in memory
     if data.name == "DIGITS":
         return load_digits(train, config.input_size, transform)
-    if data.name in CIFAR:
-        return load_cifar(data.name, root, train, transform)
+    if data.name in TORCHVISION_SETS:
+        return load_named(data.name, root, train, transform)
     # files named by lists
     if data.name in INATURALIST:
         files, targets, classes = inaturalist.read_split(root, data.name, train, data.inat_category, class_to_idx)
@@ -188,8 +220,7 @@ def build_train_set(data: DataConfig, config: ModelConfig, augment: AugmentConfi
         config,
         augment,
         native_size=is_native_size(data.name, config.input_size),
-        # a mirrored digit is not a digit
-        flip=data.name != "DIGITS",
+        flip=may_flip(data.name),
     )
     if data.transform == "fast":
         transform = FastTransform(transform)

@@ -185,11 +185,13 @@ def evaluate(
     prepare: Callable,
     keep_rate: float | None = None,
     stop: StopSignal | None = None,
+    collect: list[tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the processes' shares of a data set together; every image counts once for any number of processes.
 
     `model` has `num_classes` and is not wrapped. Returns loss (mean cross-entropy), acc1 and acc5 (percent; the latter
-    is top-min(5, classes)), topk (that number) and count (of images). Raises StoppedError on every process alike.
+    is top-min(5, classes)), topk (that number) and count (of images). Each batch's targets [B] and logits [B, classes]
+    are appended to `collect`, on the CPU. Raises StoppedError on every process alike.
     """
     model.eval()
     device = precision.device
@@ -210,6 +212,8 @@ def evaluate(
         totals[1] += hits[:, 0].sum()
         totals[2] += hits.sum()
         totals[3] += len(targets)
+        if collect is not None:
+            collect.append((targets.cpu(), logits.cpu()))
     loss, top1, topk_hits, count, stopped = distributed.all_reduce(totals).tolist()
     if stopped:
         raise StoppedError(f"stopped by {stop.name} in an evaluation; --resume auto continues with it")
@@ -248,12 +252,10 @@ def benchmark(
     step_timer.timeit(1)
     peak_memory = distributed.peak_memory_mib(precision.device)  # now, since the matrices below take memory too
 
-    # The machine's speed drifts, so its matrix rate is measured at both ends
-    rate_before = matrix_rate(precision, min_seconds / 4)
     measured = step_timer.adaptive_autorange(STEADY, min_run_time=min_seconds, max_run_time=30 * min_seconds)
-    matrix_gmacs = (rate_before + matrix_rate(precision, min_seconds / 4)) / 2
 
     # What the model's own products amount to per second, beside plain products of the same kind
+    matrix_gmacs = matrix_rate(precision, min_seconds / 4)
     images_per_s = batch_size / measured.median
     model_gmacs = images_per_s * gmacs * (TRAIN_STEP_MACS if train else 1)
     spread = measured.iqr / measured.median

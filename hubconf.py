@@ -10,4 +10,5 @@ import models
 dependencies = ["torch", "timm"]
 
 assert models  # it registers the names below
-globals().update({name: timm.model_entrypoint(name) for name in timm.list_models(module=["dhvt", "evit"])})
+names = timm.list_models(module=["baselines", "dhvt", "evit"])
+globals().update({name: timm.model_entrypoint(name) for name in names})

@@ -29,7 +29,7 @@ from data.transforms import DeviceTransform
 from losses import DistillationLoss, ImageLoss
 from models import build
 from models.dhvt import DHVT
-from util import distributed, log, optim, options, visualize, weights
+from util import distributed, log, optim, options, report, visualize, weights
 from util.checkpoint import TrainState, check_output_dir, resolve_resume
 from util.command import run_command
 from util.config import DataConfig, ModelConfig, describe_size
@@ -297,13 +297,15 @@ def evaluate(args: argparse.Namespace, precision: Precision) -> None:
     model = precision.place(reparameterize_model(trained.model))
     if args.compile:
         model.compile()
-    test = engine.evaluate(
-        model,
-        datasets.build_val_loader(val_set, data, batch_size=int(1.5 * args.batch_size)),
-        precision,
-        prepare=DeviceTransform(config, precision),
-    )
+    # now, as the evaluation may take hours
+    if args.report:
+        Path(args.report).mkdir(parents=True, exist_ok=True)
+    loader = datasets.build_val_loader(val_set, data, batch_size=int(1.5 * args.batch_size))
+    outputs = [] if args.report else None
+    test = engine.evaluate(model, loader, precision, prepare=DeviceTransform(config, precision), collect=outputs)
     log.print_accuracy(test)
+    if args.report:
+        report.write_report(Path(args.report), outputs, loader, config)
     # within two standard deviations of guessing
     chance = 1 / model.num_classes
     if test["acc1"] / 100 < chance + 2 * math.sqrt(chance * (1 - chance) / test["count"]):

@@ -1,9 +1,12 @@
 """Classify images: python predict.py PATH… --checkpoint FILE|FOLDER."""
 
+import csv
 import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from itertools import chain
+from typing import TextIO
 
 import torch
 from PIL import Image
@@ -30,6 +33,7 @@ from util.precision import AMP_FLAG, DTYPES, Precision, resolve_amp
 FLAGS = (
     ("--topk", positive_int, 5, "number of classes per image"),
     ("--json", bool, False, "print one JSON list instead of a line per image"),
+    ("--csv", str, None, "also write a table to this file"),
     ("--batch-size", positive_int, 32, "images per batch"),
     ("--num_workers", nonnegative_int, default_workers(), "processes that read images"),
     ("--device", str, None, "for example cuda, cuda:1 or cpu; default: the best there is"),
@@ -46,6 +50,20 @@ class CheckedImages(ImageFiles):
         except InputError as error:
             # one bad file does not end the run, and its place in the batch is kept
             return self.transform(Image.new("RGB", (1, 1))), str(error)
+
+
+def write_csv(file: TextIO, rows: Sequence[dict]) -> None:
+    """Write rows of the JSON as a table, with three columns for each of the best classes, and close the file."""
+    table = []
+    for row in rows:
+        line = {"path": row["path"], "error": row.get("error")}
+        for k, prediction in enumerate(row.get("predictions", ()), start=1):
+            line |= {f"{name}_{k}": value for name, value in prediction.items()}
+        table.append(line)
+    with file:
+        writer = csv.DictWriter(file, dict.fromkeys(chain(*table)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
 
 
 def run(argv: list[str]) -> None:
@@ -73,6 +91,8 @@ def run(argv: list[str]) -> None:
     )
     # a head may have more outputs than there are names
     names = dict(enumerate(trained.classes or ()))
+    # now, so that a bad path is not noticed at the end
+    table = open(args.csv, "w", newline="", encoding="utf-8") if args.csv else None
     # rows of the JSON, in the order of the files
     rows = []
     for images, errors in loader:
@@ -96,6 +116,8 @@ def run(argv: list[str]) -> None:
     # the error comes last, after all that could be read
     if args.json:
         print(json.dumps(rows, indent=1))
+    if table:
+        write_csv(table, rows)
     unreadable = sum("error" in row for row in rows)
     if unreadable:
         raise InputError(f"{unreadable} of {len(files)} files could not be read; they are named above")

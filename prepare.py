@@ -72,7 +72,12 @@ def run(argv: list[str]) -> None:
     parser = Parser(prog="prepare.py", description=__doc__)
     data_sets = parser.add_subparsers(metavar="DATA_SET", required=True)
     domainnet = data_sets.add_parser("domainnet", help="one of DomainNet's six sets")
-    domainnet.add_argument("root", type=Path, metavar="ROOT", help="folder of the unpacked archive and the lists")
+    domainnet.add_argument(
+        "root",
+        type=Path,
+        metavar="ROOT",
+        help="folder of the unpacked archive and the lists",
+    )
     add_flags(domainnet, FLAGS)
     args = parser.parse_args(argv)
     out = Path(args.out)

@@ -46,13 +46,15 @@ stop() {
 
 # Run a command, pass signals on to it, and stop where it fails or was stopped.
 run() {
-    local status=0
+    local status=0 pid='' signalled=''
+    # before the command starts, since a signal may come at once
+    trap 'signalled=1; [[ -z $pid ]] || kill -TERM "$pid" 2>/dev/null || true' TERM INT HUP QUIT USR1 USR2
     "$@" &
-    # shellcheck disable=SC2064
-    trap "kill -TERM $! 2>/dev/null" TERM INT HUP QUIT USR1 USR2
-    wait $! || status=$?
+    pid=$!
+    [[ -z $signalled ]] || kill -TERM "$pid" 2>/dev/null || true
+    wait "$pid" || status=$?
     # a signal ends the first wait only
-    ((status <= 128)) || { status=0 && wait $! || status=$?; }
+    ((status <= 128)) || { status=0 && wait "$pid" || status=$?; }
     trap - TERM INT HUP QUIT USR1 USR2
     ((status == 0)) || exit "$status"
 }

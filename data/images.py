@@ -42,7 +42,9 @@ def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> dict
     missing folder, one without class folders, and an unknown class.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; --data-path takes the folder that holds train/ and val/")
+        raise InputError(
+            f"{root}: no such folder; --data-path takes the one that holds it, --train-split and --val-split its name"
+        )
     try:
         classes, found = folder.find_classes(root)
     except FileNotFoundError:

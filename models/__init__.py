@@ -1,5 +1,5 @@
-"""Importing this package registers DHVT and EViT with timm."""
+"""Importing this package registers DHVT, EViT and the baselines with timm."""
 
-from models import dhvt, evit
+from models import baselines, dhvt, evit
 
-__all__ = ["dhvt", "evit"]
+__all__ = ["baselines", "dhvt", "evit"]

@@ -221,7 +221,9 @@ def read_data_config(saved: Mapping[str, Any]) -> DataConfig | None:
     }
     if not values["name"]:
         return None
-    return DataConfig(**{name: values[name] for name in ("name", "root", "lmdb", "inat_category")})
+    # some came with later versions
+    fields = ("name", "root", "lmdb", "inat_category", "train_split", "val_split")
+    return DataConfig(**{name: values[name] for name in fields if name in values})
 
 
 def get_classes(saved: Mapping[str, Any]) -> list[str] | None:

@@ -50,16 +50,27 @@ class Affine(nn.Module):
         return x * self.alpha + self.beta
 
 
-class SOPE(PatchEmbed):
-    """Sequential overlapping patch embedding (section 3.1): images [B, in_chans, *, *] -> tokens [B, HW, C].
-
-    3x3 convolutions of stride 2 with batch norms, between two affine maps. A side of s pixels gives
-    ceil(s / patch_size) patches. Patch size 8 is not in the paper.
-    """
+class ConvEmbed(PatchEmbed):
+    """Patch embedding by padded convolutions: a side of s pixels gives ceil(s / patch_size) patches."""
 
     # timm's name for sides that are padded to whole patches, which the convolutions do: the grid is rounded up. It is
     # set here too, since timm's constructor computes the grid before it sets its own.
     dynamic_img_pad = True
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **{**kwargs, "dynamic_img_pad": True})
+
+    def _init_img_size(self, img_size: int | tuple[int, int]) -> tuple:
+        img_size = to_2tuple(img_size)
+        grid_size = self.dynamic_feat_size(img_size)
+        return img_size, grid_size, grid_size[0] * grid_size[1]
+
+
+class SOPE(ConvEmbed):
+    """Sequential overlapping patch embedding (section 3.1): images [B, in_chans, *, *] -> tokens [B, HW, C].
+
+    3x3 convolutions of stride 2 with batch norms, between two affine maps. Patch size 8 is not in the paper.
+    """
 
     def __init__(
         self,
@@ -73,7 +84,6 @@ class SOPE(PatchEmbed):
     ) -> None:
         if patch_size not in (2, 4, 8, 16):
             raise ValueError(f"SOPE has patch sizes 2, 4, 8 and 16, not {patch_size}")
-        kwargs["dynamic_img_pad"] = True
         super().__init__(img_size, patch_size, in_chans, embed_dim, **kwargs)
         dd = get_device_dtype(self)
         # each convolution halves the sides; for patch size 16 they have C / 8, C / 4, C / 2 and C channels
@@ -87,11 +97,6 @@ class SOPE(PatchEmbed):
         self.proj = nn.Sequential(*layers[: max(2, len(layers) - 1)])
         self.pre_affine = Affine(in_chans, **dd) if affine else nn.Identity()
         self.post_affine = Affine(embed_dim, **dd) if affine else nn.Identity()
-
-    def _init_img_size(self, img_size: int | tuple[int, int]) -> tuple:
-        img_size = to_2tuple(img_size)
-        grid_size = self.dynamic_feat_size(img_size)
-        return img_size, grid_size, grid_size[0] * grid_size[1]
 
     def reparameterize(self) -> None:
         """Fold the batch norms for inference; timm's `reparameterize_model` calls this on a copy of a model."""

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import URLError
 
 import pytest
 import timm
@@ -23,6 +25,7 @@ TEACH = (
 
 # flags that contradict themselves or each other: what the line says
 COMMAND_LINES = {
+    "--data-set CARS": "--data-set: invalid choice: 'CARS' (choose from",
     "--amp int8": "--amp: invalid choice: 'int8' (choose from",
     "--model-kwargs depth": "--model-kwargs takes KEY=VALUE, not 'depth'",
     "--model-kwargs img_size=64": "--model-kwargs img_size=64: use --input-size",
@@ -37,6 +40,7 @@ COMMAND_LINES = {
     "--visualize heads --resume x": "--visualize: invalid choice: 'heads' (choose from",
     "--npz": "--npz is for --visualize KIND",
     "--eval --resume x --image-dir y": "--image-dir is for --visualize KIND",
+    "--report x": "--report is for --eval",
     "--use-ema": "--use-ema is for --eval, --finetune and --visualize",
     "--resume auto": "--resume auto looks into --output_dir: give one",
     "--compile --grad-checkpointing": "--compile and --grad-checkpointing: give one",
@@ -137,7 +141,25 @@ def write_inat(annotated: int) -> Callable[[], None]:
     return prepare
 
 
+def write_food() -> None:
+    """Write Food-101's lists, without the images."""
+    Path("data/food-101/images").mkdir(parents=True)
+    Path("data/food-101/meta").mkdir()
+    for split in ("train", "test"):
+        Path(f"data/food-101/meta/{split}.json").write_text(json.dumps({"pie": ["pie/1", "pie/2"]}))
+
+
+def write_pet_folders() -> None:
+    for name in ("images", "annotations"):
+        Path("data/oxford-iiit-pet", name).mkdir(parents=True)
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise URLError("no network")
+
+
 FOLDER = "--data-set FOLDER --data-path data --batch-size 4"
+NAMED = "--data-path data --batch-size 2 --data-set"
 INAT = "--data-set INAT --data-path data --batch-size 2"
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 RESUME = "--resume run/checkpoint.pth --epochs 2"
@@ -171,6 +193,8 @@ ROWS = {
     "out below a file": Row("--output_dir data/note/out", "data/note", "", lambda: write_text("data/note")),
     "out holds a run": Row("--output_dir run", "--output_dir run", "--resume auto"),
     "nothing to evaluate": Row("--eval --resume auto", "checkpoint in out", "name another folder"),
+    "report is a file": Row(f"{EVAL} --report data/note", "data/note", "folder", lambda: write_text("data/note")),
+    "report below a file": Row(f"{EVAL} --report data/note/x", "data/note", "folder", lambda: write_text("data/note")),
     # class folders
     "no data path": Row("--data-set FOLDER", "--data-set FOLDER", "--data-path FOLDER"),
     "no data": Row(f"{FOLDER} --data-path nowhere", "nowhere/train", "--data-path"),
@@ -184,6 +208,21 @@ ROWS = {
     "in a worker": Row(
         f"{FOLDER} --num_workers 1", "data/train/", "replace or remove it", truncate_photographs, out=""
     ),
+    # other names of class folders
+    "no training split": Row(f"{FOLDER} --train-split training", "data/training: no such folder", "--train-split"),
+    "no validation split": Row(f"{FOLDER} --val-split test", "data/test: no such folder", "--val-split"),
+    "no database of a split": Row(f"{FOLDER} --use-lmdb --train-split part", "data/part.lmdb", ""),
+    "splits of their own": Row(f"{NAMED} SVHN --train-split training", "--data-set SVHN", "leave them out"),
+    "splits of a checkpoint's digits": Row(f"{EVAL} --val-split test", "--data-set DIGITS", "leave them out"),
+    # data sets of torchvision, without a network
+    "no path for MNIST": Row("--data-set MNIST", "--data-set MNIST", "--data-path FOLDER"),
+    "no SVHN": Row(f"{NAMED} SVHN", "data: missing or damaged", "/{train,test}_32x32.mat there"),
+    "flowers without images": Row(
+        f"{NAMED} FLOWERS", "data/flowers-102: ", "102flowers.tgz", lambda: write_text("data/flowers-102/setid.mat")
+    ),
+    "pets without lists": Row(f"{NAMED} PETS", "trainval.txt", "annotations}.tar.gz", write_pet_folders),
+    "food without images": Row(f"{NAMED} FOOD", "data/food-101/images/pie/", "put it back", write_food, out=""),
+    "SVHN in a database": Row(f"{NAMED} SVHN --use-lmdb", "--data-set SVHN", "leave it out"),
     # LMDB
     "digits in a database": Row("--use-lmdb", "--use-lmdb", "leave it out"),
     # iNaturalist
@@ -256,6 +295,7 @@ def place(data, tiny_run, tmp_path, monkeypatch) -> Path:
 def test_one_line_names_the_fault_and_the_remedy(row, place, tiny_flags, monkeypatch, capfd):
     if row.flags == "--device cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
     for name, value in row.env.items():
         monkeypatch.setenv(name, value)
     if row.prepare is not None:

@@ -20,13 +20,14 @@ import datasets
 import main
 from data import inaturalist
 from util import distributed
-from util.config import AugmentConfig, DataConfig, ModelConfig
+from util.config import TORCHVISION_SETS, AugmentConfig, DataConfig, ModelConfig
 from util.errors import InputError
 
 # CIFAR
 
 NAMES = {"CIFAR": [f"fine {i}" for i in range(100)], "CIFAR-10": [f"thing {i}" for i in range(10)]}
-TEN = datasets.CIFAR["CIFAR-10"]
+TEN = TORCHVISION_SETS["CIFAR-10"].cls
+URL = TEN.url
 
 Split = tuple[np.ndarray, list[int]]  # images, uint8 [N, 32, 32, 3], and labels
 
@@ -37,7 +38,7 @@ def write_cifar(monkeypatch) -> Callable[[str, Path], tuple[Split, Split]]:
 
     def write(name: str, root: Path) -> tuple[Split, Split]:
         rng = np.random.default_rng(0)
-        cifar = datasets.CIFAR[name]
+        cifar = TORCHVISION_SETS[name].cls
         folder = root / cifar.base_folder
         folder.mkdir(parents=True)
 
@@ -67,7 +68,7 @@ def write_cifar(monkeypatch) -> Callable[[str, Path], tuple[Split, Split]]:
 def test_cifar_is_one_array_of_the_files_pixels_and_labels(write_cifar, tmp_path, name):
     written = write_cifar(name, tmp_path)
     for train, (pixels, labels) in zip((True, False), written, strict=True):
-        found = datasets.load_cifar(name, tmp_path, train, None)
+        found = datasets.load_named(name, tmp_path, train, None)
         np.testing.assert_array_equal(found.data, pixels)
         assert found.targets == labels and found.classes == NAMES[name] and len(found) == len(labels)
         image, target = found[5]
@@ -108,7 +109,7 @@ def far(monkeypatch, write_cifar, tmp_path) -> Iterator[Path]:
 
 def load_ten(root: Path, train: bool = True) -> int:
     """Return how many images CIFAR-10 has."""
-    return len(datasets.load_cifar("CIFAR-10", root, train, None))
+    return len(datasets.load_named("CIFAR-10", root, train, None))
 
 
 def test_cifar_is_downloaded_on_first_use_and_an_archive_in_place_is_taken(far, tmp_path):
@@ -148,7 +149,7 @@ def test_a_damaged_or_unreachable_cifar_says_what_to_put_where(far, tmp_path, da
     with pytest.raises(InputError) as caught:
         load_ten(root)
     line = str(caught.value)
-    assert line.startswith(f"{root / 'cifar-10-python.tar.gz'}: ") and f"put {TEN.url} there" in line
+    assert line.startswith(f"{root / 'cifar-10-python.tar.gz'}: ") and f"put {URL} there" in line
     assert "\n" not in line and "download=True" not in line
 
 

@@ -1,6 +1,7 @@
 """Trained weights go out and in: safetensors, ONNX, torch.hub, predictions."""
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -210,7 +211,7 @@ def test_torch_hub_builds_what_timm_does_and_has_every_model():
     with pytest.raises(RuntimeError, match="No pretrained weights"):
         torch.hub.load(str(ROOT), name, source="local", pretrained=True)
     names = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
-    assert names == set(timm.list_models(module=["dhvt", "evit"]))
+    assert names == set(timm.list_models(module=["baselines", "dhvt", "evit"]))
 
 
 # predict.py
@@ -267,6 +268,33 @@ def test_an_unreadable_file_is_reported_and_the_rest_goes_on(tiny_run, images, t
     assert predict.main([*words, "--json"]) == 2
     rows = json.loads(capsys.readouterr().out)
     assert [list(row)[1] for row in rows] == ["predictions", "error", "predictions", "predictions"]
+
+
+def test_the_table_has_what_the_json_has_and_a_line_for_an_unreadable_file(tiny_run, images, tmp_path, capsys):
+    files = sorted((images / "0").iterdir())[:3]
+    files[0] = tmp_path / "b,ä.png"
+    files[0].write_bytes(b"no image")
+    words = [*map(str, files), "--checkpoint", str(tiny_run / "checkpoint.pth"), "--csv", str(tmp_path / "t.csv")]
+    for topk, columns in ((3, 3), (20, 10)):
+        capsys.readouterr()
+        assert predict.main([*words, "--json", "--topk", str(topk)]) == 2
+        rows = json.loads(capsys.readouterr().out)
+        with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+        assert len(table) == 3
+        for line, row in zip(table, rows, strict=True):
+            assert (
+                len(line) == 2 + 3 * columns and line["path"] == row["path"] and line["error"] == row.get("error", "")
+            )
+            for k in range(columns):
+                cells = [line[f"{name}_{k + 1}"] for name in ("class", "index", "probability")]
+                expected = {"class": "", "index": "", "probability": ""} if "error" in row else row["predictions"][k]
+                assert cells == [str(value) for value in expected.values()]
+    # the lines are printed all the same, but not before a table that cannot be written is noticed
+    for name, lines, reason in (("t.csv", 2, "named above"), ("nowhere/t.csv", 0, "nowhere/t.csv: No such file")):
+        assert predict.main([*words, "--csv", str(tmp_path / name)]) == 2
+        printed = capsys.readouterr()
+        assert len(printed.out.splitlines()) == lines and reason in printed.err.splitlines()[-1]
 
 
 BAD = {

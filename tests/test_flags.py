@@ -20,7 +20,7 @@ import datasets
 import engine
 import main
 from data.images import ImageArray
-from util import checkpoint, command, distributed, options, visualize
+from util import checkpoint, command, distributed, options, report, visualize
 from util.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,6 +57,7 @@ class Recorder:
         self.kept: list[int] = []
         self.pictures: tuple[str, list[str]] = ("", [])
         self.picture_options: dict = {}
+        self.reported: Path | None = None
 
     def build_train_set(self, data, config, augment) -> ImageArray:
         self.data = data
@@ -83,6 +84,9 @@ class Recorder:
     def evaluate(self, model, loader, precision, **kwargs) -> dict[str, float]:
         self.evaluated.append(model)
         return {"loss": 1.0, "acc1": 50.0, "acc5": 50.0, "topk": 5, "count": 60}
+
+    def write_report(self, folder, *_) -> None:
+        self.reported = folder
 
     def benchmark(self, model, size, batch_size, precision, **kwargs) -> dict[str, float]:
         self.benchmarked.append(batch_size)
@@ -147,6 +151,7 @@ STAND_INS = {
     datasets: ("build_train_set", "build_val_set"),
     engine: ("train_one_epoch", "evaluate", "benchmark"),
     visualize: ("write_pictures",),
+    report: ("write_report",),
     distributed: ("init",),
     checkpoint: ("save_checkpoint",),
 }
@@ -191,6 +196,7 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--checkpoint-interval": ("0.5", "--output_dir out --resume auto", "kwargs.stop.interval", 0.5),
     "--keep-checkpoints": ("5", "--output_dir out --resume auto", lambda s: s.kept[-1], 5),
     "--eval": ("", "--resume run/checkpoint.pth --epochs 2", "epochs", []),
+    "--report": ("report", EVAL, "reported", Path("report")),
     "--use-ema": ("", EVAL, lambda s: equals("head.bias", s.evaluated[0].head.bias, "model_ema"), True),
     "--eval-freq": ("2", "--epochs 3 --no-model-ema", lambda s: len(s.evaluated), 2),
     "--print-freq": ("3", "", "kwargs.print_freq", 3),
@@ -267,6 +273,8 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--no-repeated-aug": ("", "", "loader.sampler.repeated_aug", False),
     "--data-set": ("CIFAR-10", "--data-path x", "data.name", "CIFAR-10"),
     "--data-path": ("x", "", "data.root", "x"),
+    "--train-split": ("training", "--data-set FOLDER --data-path x", "data.train_split", "training"),
+    "--val-split": ("test", "--data-set FOLDER --data-path x", "data.val_split", "test"),
     "--use-lmdb": ("", "--data-set FOLDER --data-path x", "data.lmdb", True),
     "--inat-category": ("order", "--data-set INAT --data-path x", "data.inat_category", "order"),
     "--transform": ("timm", "", "data.transform", "timm"),

@@ -20,7 +20,8 @@ import main
 
 ROOT = Path(main.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "BENCHMARKS.md"]
-SMALL = "--model-kwargs depth=1 --input-size 32 --batch-size 4 --epochs 1 --num_workers 0 --device cpu"
+STEP = "--epochs 1 --num_workers 0 --device cpu"
+SMALL = f"--model-kwargs depth=1 --input-size 32 --batch-size 4 {STEP}"
 EVIT = "--epochs 1 --input-size 16 --device cpu --model-kwargs patch_size=8 embed_dim=16 num_heads=2 depth=5"
 DEIT = "--model-kwargs depth=10 embed_dim=48 num_heads=2 --device cpu --num_workers 0"
 SPEED = "python speed_test.py dhvt_tiny_imagenet_patch16 deit_tiny_patch16_224"
@@ -32,12 +33,23 @@ SKIP = "what .ci/run does"
 ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "python3 -m venv": (SKIP, {}),
     "python main.py --model dhvt_tiny_imagenet_patch16": (SMALL, {}),
+    "python main.py --model dhvt_tiny_cifar_patch4 --data-set SVHN": (SMALL, {"SVHN": "FOLDER"}),
+    "python main.py --model dhvt_tiny_imagenet_patch16 --data-set FLOWERS": (SMALL, {"FLOWERS": "FOLDER"}),
+    "python main.py --model dhvt_tiny_imagenet_patch16 --data-set FOLDER --data-path DATA --train-split": (
+        SMALL,
+        {"--train-split training --val-split test": "--train-split train --val-split val"},
+    ),
     "python main.py --eval": ("--device cpu --num_workers 0", {}),
     "python predict.py": ("--device cpu", {"IMAGES": "DATA/val"}),
     "python export.py": ("", {" --onnx": ""}),  # test_export.py has it
     "python main.py --model deit_tiny_distilled": (SMALL.replace("depth=1", "depth=1 patch_size=8"), {}),
     "python main.py --model deit_small_patch16_shrink_base": (DEIT, {"FILE": "deit_small.pth"}),
     "python prepare.py domainnet": ("", {}),
+    "python main.py --model resnet18_cifar": (
+        f"{STEP} --batch-size 4 --model-kwargs layers=(1,1,1,1) channels=(8,8,8,8)",
+        {},
+    ),
+    "python main.py --data-set FOLDER --data-path DATA --input-size": (f"{STEP} --batch-size 16", {}),
     "DATA=clipart bash run_code.sh clipart": (SMALL, {}),
     "DATA=CIFAR SEEDS=": (f"--data-set FOLDER {SMALL}", {"DATA=CIFAR": "DATA=DATA", "0 1 2 3": "0"}),
     "python compare.py": ("", {}),
@@ -60,7 +72,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "LD_PRELOAD=": ("--speed-batch-size 1 --device cpu --model-kwargs depth=1", {}),
     "python -m tests.bench_loader": ("--batch-size 4 --pairs 2 --input-size 32", {}),
 }
-SLOW = ("digits-ablation", "bench_reference", f"{SPEED} dhvt_small", f"{SPEED} --mode", "torchrun")
+SLOW = ("digits-ablation", "bench_reference", f"{SPEED} dhvt_small", f"{SPEED} --mode", "torchrun", "DATA --input-size")
 
 
 def commands() -> list[str]:

@@ -51,8 +51,8 @@ def test_requirements_are_pinned_and_are_what_is_imported():
     ours = {Path(name).parts[0].removesuffix(".py") for name in sources()}
     used = set().union(*(imported(path) for path in sources().values()))
     assert used - required - ours - set(sys.stdlib_module_names) == {"safetensors"}  # which timm requires
-    # einops is for models of timm, the others are for torch's exporter
-    assert required - used <= {"einops", "onnx", "onnxscript"}
+    # scipy is for torchvision, einops for models of timm, the others are for torch's exporter
+    assert required - used <= {"scipy", "einops", "onnx", "onnxscript"}
 
 
 def test_imports_run_one_way():

@@ -37,6 +37,8 @@ TESTS = [
     "test_model_forward_fx",
     "test_model_backward_fx",
 ]
+CNNS = timm.list_models("*_cifar", module="baselines")
+CNN_TESTS = [name.removesuffix("_non_std") for name in TESTS] + ["test_model_forward_features"]
 
 # Selects tests by function and parameter: words of a -k expression match the names of folders too
 CONFTEST = """
@@ -74,7 +76,10 @@ def timm_tests() -> Path:
     with FileLock(CACHE / "lock"):
         with tarfile.open(fetch()) as archive:
             text = archive.extractfile(f"timm-{VERSION}/tests/test_models.py").read().decode()
-        for name, ours in {"NON_STD_FILTERS": ["dhvt*"], "FEAT_INTER_FILTERS": ["dhvt", "evit"]}.items():
+        for name, ours in {
+            "NON_STD_FILTERS": ["dhvt*", "cct*"],
+            "FEAT_INTER_FILTERS": ["baselines", "dhvt", "evit"],
+        }.items():
             head, opening, tail = text.partition(f"\n{name} = [\n")
             assert opening, f"timm's tests no longer assign {name}"
             text = f"{head}\n{name} = {ours!r} + [\n{tail}"
@@ -84,12 +89,20 @@ def timm_tests() -> Path:
     return path
 
 
-@pytest.mark.parametrize("names", [MODELS, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["one each", "others"])
-def test_models_pass_timms_own_tests(names, timm_tests, tmp_path):
+@pytest.mark.parametrize(
+    "names, tests",
+    [
+        pytest.param(MODELS, TESTS, id="one each"),
+        pytest.param(OTHERS, TESTS, id="others", marks=pytest.mark.slow),
+        pytest.param(["cct_7_3x1_32"], TESTS, id="CCT", marks=pytest.mark.slow),
+        pytest.param(CNNS, CNN_TESTS, id="CNNs", marks=pytest.mark.slow),
+    ],
+)
+def test_models_pass_timms_own_tests(names, tests, timm_tests, tmp_path):
     """In a process of their own, where timm's tests may set torch's global switches."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    env |= {"CONTRACT_MODELS": " ".join(names), "CONTRACT_TESTS": " ".join(TESTS)}
+    env |= {"CONTRACT_MODELS": " ".join(names), "CONTRACT_TESTS": " ".join(tests)}
     report = tmp_path / "report.xml"
     # none of this repository's pytest options: an empty configuration
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={CACHE}", "-p", "no:cacheprovider"]
@@ -97,5 +110,5 @@ def test_models_pass_timms_own_tests(names, timm_tests, tmp_path):
     result = subprocess.run(command, env=env, cwd=CACHE, capture_output=True, text=True, timeout=1200)
     cases = list(ET.parse(report).iter("testcase"))
     ran = sorted(case.get("name").partition("[")[0] for case in cases)
-    assert ran == sorted(TESTS * len(names)), result.stdout[-2000:]
+    assert ran == sorted(tests * len(names)), result.stdout[-2000:]
     assert [case.get("name") for case in cases if len(case)] == [], result.stdout[-2000:]

@@ -60,6 +60,14 @@ class View(NamedTuple):
     record: Any
 
 
+def undo_normalization(image: Tensor, config: ModelConfig) -> np.ndarray:
+    """Return the pixels, exactly, of an image [3, H, W], either uint8 or normalized as `config` says: [H, W, 3]."""
+    pixels = image.cpu().permute(1, 2, 0)  # H, W, 3
+    if pixels.is_floating_point():
+        pixels = (255 * (pixels * torch.tensor(config.std) + torch.tensor(config.mean))).round().byte()
+    return pixels.numpy()
+
+
 def view_images(
     kind: str,
     model: nn.Module,
@@ -73,9 +81,7 @@ def view_images(
     # a head may have more outputs than there are names
     names = dict(enumerate(classes or ()))
     for image, label, source in samples:
-        # Undo the normalisation: the pixels of the image, exactly
-        pixels = image.cpu().permute(1, 2, 0) * torch.tensor(config.std) + torch.tensor(config.mean)  # H, W, 3
-        pixels = (255 * pixels).round().byte().numpy()
+        pixels = undo_normalization(image, config)
         # the model pads the image to whole patches, or else leaves out what is less than a patch
         layout = TokenLayout(model.num_prefix_tokens, model.patch_embed.dynamic_feat_size(pixels.shape[:2]))
         H, W = np.multiply(layout.grid, model.patch_embed.feat_ratio(as_scalar=False))

@@ -2,18 +2,118 @@
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import datasets
 
 from util.errors import InputError
 
 DOMAIN_NET = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 FOLDER_DATA_SETS = ("FOLDER", "IMNET", *DOMAIN_NET)  # train/CLASS/ and val/CLASS/, or LMDB
-CIFAR_DATA_SETS = ("CIFAR", "CIFAR-10")
 INATURALIST = {"INAT": 2018, "INAT19": 2019}
-DATA_SETS = ("DIGITS", *FOLDER_DATA_SETS, *CIFAR_DATA_SETS, *INATURALIST)
+
+
+class TorchvisionSet(NamedTuple):
+    """A data set that torchvision downloads and reads, and how its images are treated.
+
+    `url` is what to download by hand to `place`, a path below --data-path. `side` is the size in which all images come,
+    None if they differ; with `flip` a mirrored image keeps its class.
+    """
+
+    cls: type[datasets.VisionDataset]
+    url: str
+    place: str = ""
+    # second arguments of `cls`; several are put together
+    train: tuple = ("train",)
+    val: tuple = ("test",)
+    # for data without splits: the share of each class that is for validation
+    val_share: float = 0.0
+    # attributes of `cls`: files or pixels, and class numbers
+    images: str = "_image_files"
+    labels: str = "_labels"
+    side: int | None = None
+    flip: bool = True
+
+
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+IDX_FILES = "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
+# `cls` takes a flag instead of a name
+BY_FLAG = {"train": (True,), "val": (False,), "images": "data", "labels": "targets"}
+
+TORCHVISION_SETS = {
+    # as in DeiT, CIFAR is CIFAR-100
+    "CIFAR": TorchvisionSet(
+        datasets.CIFAR100,
+        datasets.CIFAR100.url,
+        datasets.CIFAR100.filename,
+        **BY_FLAG,
+        side=32,
+    ),
+    "CIFAR-10": TorchvisionSet(
+        datasets.CIFAR10,
+        datasets.CIFAR10.url,
+        datasets.CIFAR10.filename,
+        **BY_FLAG,
+        side=32,
+    ),
+    "SVHN": TorchvisionSet(
+        datasets.SVHN,
+        "http://ufldl.stanford.edu/housenumbers/{train,test}_32x32.mat",
+        images="data",
+        labels="labels",
+        side=32,
+        flip=False,
+    ),
+    "MNIST": TorchvisionSet(
+        datasets.MNIST, f"{datasets.MNIST.mirrors[0]}{IDX_FILES}", "MNIST/raw", **BY_FLAG, side=28, flip=False
+    ),
+    # mirrored clothes are still clothes
+    "FASHION": TorchvisionSet(
+        datasets.FashionMNIST, f"{datasets.FashionMNIST.mirrors[0]}{IDX_FILES}", "FashionMNIST/raw", **BY_FLAG, side=28
+    ),
+    "STL10": TorchvisionSet(
+        datasets.STL10, datasets.STL10.url, datasets.STL10.filename, images="data", labels="labels", side=96
+    ),
+    "EUROSAT": TorchvisionSet(
+        datasets.EuroSAT,
+        "https://huggingface.co/datasets/torchgeo/eurosat/resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
+        "eurosat/EuroSAT.zip",
+        # the second argument is a transform
+        train=(None,),
+        val=(None,),
+        val_share=0.2,
+        images="imgs",
+        labels="targets",
+        side=64,
+    ),
+    # papers train on both
+    "FLOWERS": TorchvisionSet(
+        datasets.Flowers102,
+        f"{OXFORD}/flowers/102/{{102flowers.tgz,imagelabels.mat,setid.mat}}",
+        "flowers-102",
+        train=("train", "val"),
+    ),
+    "DTD": TorchvisionSet(
+        datasets.DTD, f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "dtd/dtd-r1.0.1.tar.gz", train=("train", "val")
+    ),
+    "PETS": TorchvisionSet(
+        datasets.OxfordIIITPet,
+        f"{OXFORD}/pets/data/{{images,annotations}}.tar.gz",
+        "oxford-iiit-pet",
+        train=("trainval",),
+        images="_images",
+    ),
+    "AIRCRAFT": TorchvisionSet(
+        datasets.FGVCAircraft,
+        f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz",
+        "fgvc-aircraft-2013b.tar.gz",
+        train=("trainval",),
+    ),
+    "FOOD": TorchvisionSet(datasets.Food101, "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "food-101.tar.gz"),
+}
+DATA_SETS = ("DIGITS", *FOLDER_DATA_SETS, *TORCHVISION_SETS, *INATURALIST)
 
 
 @dataclass(frozen=True)
@@ -35,12 +135,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set (a name of `DATA_SETS`), where it is, and how it is read."""
+    """A data set (a name of `DATA_SETS`), where it is, and how it is read.
+
+    `train_split` and `val_split` are folders below `root`, or databases there, of `FOLDER_DATA_SETS`.
+    """
 
     name: str = "IMNET"
     root: str | None = None
     lmdb: bool = False
     inat_category: str = "name"
+    train_split: str = "train"
+    val_split: str = "val"
     transform: str = "fast"
     num_workers: int | None = None
     pin_memory: bool = False
@@ -68,7 +173,16 @@ def is_native_size(data_name: str, input_size: tuple[int, int]) -> bool:
     """Return whether the data set's images come in that size, so that they are neither resized nor cropped."""
     if data_name == "DIGITS":
         return max(input_size) <= 32  # they are drawn at the size that is asked for
-    return data_name in CIFAR_DATA_SETS and input_size == (32, 32)
+    named = TORCHVISION_SETS.get(data_name)
+    return named is not None and input_size == (named.side, named.side)
+
+
+def may_flip(data_name: str) -> bool:
+    """Return whether a mirrored image of the data set keeps its class."""
+    # a mirrored digit is not a digit
+    if data_name == "DIGITS":
+        return False
+    return data_name not in TORCHVISION_SETS or TORCHVISION_SETS[data_name].flip
 
 
 def find_cfg(name: str, flag: str = "--model") -> timm.models.PretrainedCfg:

@@ -205,6 +205,15 @@ def broadcast_object(value: object) -> object:
     return values[0]
 
 
+def gather_object(value: object) -> list | None:
+    """Return the values of all processes on rank 0, by rank; None elsewhere."""
+    if not is_distributed():
+        return [value]
+    values = [None] * world_size() if is_primary() else None
+    dist.gather_object(value, values, group=_gloo_group)
+    return values
+
+
 @contextmanager
 def primary_first() -> Iterator[None]:
     """Run a block on rank 0 before the others run it: they find what it has downloaded."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -122,18 +123,19 @@ def draw_rows(
         top=1 - 1.35 / height,
         hspace=between / row_height,
     )
-    figure.text(0.1 / width, 1 - 0.1 / height, describe(model, kind), va="top", fontsize="large")
+    figure.text(
+        0.1 / width,
+        1 - 0.1 / height,
+        describe(model, kind),
+        va="top",
+        fontsize="large",
+    )
 
     # what colors mean
     place = (0.3 / width, 1 - 0.6 / height, 5 / width, 0.15 / height)
     all_values = np.stack([row.values for row in rows])
     if kind == "mask":
-        patches = [Patch(facecolor="white", edgecolor="black", label="dropped")]
-        if model.fuse_token:
-            patches = []
-        for block, color in fused_colors(model).items():
-            patches.append(Patch(facecolor=np.divide(color, 255), label=f"fused by block {block + 1}"))
-        figure.legend(handles=patches, loc="upper left", bbox_to_anchor=place, ncols=4)
+        add_mask_legend(figure, model, place)
     else:
         label = "share" if kind == "rollout" else "attention weight"
         patch_count = rows[0].values[0].size
@@ -154,18 +156,50 @@ def draw_rows(
                 tiles.append(paint_mask(model, row.pixels, values))
             else:
                 tiles.append(COLORS(norm(to_pixels(model, values, row.pixels)), bytes=True)[..., :3])
-        # each tile with a border of the background's grey
-        border = (0, 0), (W // 20, W // 20), (0, 0)
-        strip = np.hstack([np.pad(tile, border, constant_values=237) for tile in tiles])
-        axes.imshow(strip, interpolation="nearest")
-        # names may hold a dollar sign
-        axes.set_title(row.text, color=row.color, loc="left", fontsize="medium", parse_math=False)
-        centers = (np.arange(columns) + 0.5) * strip.shape[1] / columns
-        axes.set_xticks(centers, ["image", *row.captions], fontsize=4 + 2 * tile_inches)
-        axes.tick_params(length=0, labelleft=False)
-        axes.set(frame_on=False, anchor="W")
+        draw_tiles(axes, row, tiles, fontsize=4 + 2 * tile_inches)
     texts = np.array([row.text for row in rows])
     return Picture(name, figure, {"values": all_values, "texts": texts})
+
+
+def add_mask_legend(figure: Figure, model: nn.Module, place: tuple) -> None:
+    """Add what the colors of a mask mean, at a place (left, bottom, width, height) in shares of the figure."""
+    patches = [Patch(facecolor="white", edgecolor="black", label="dropped")]
+    if model.fuse_token:
+        patches = []
+    for block, color in fused_colors(model).items():
+        patches.append(Patch(facecolor=np.divide(color, 255), label=f"fused by block {block + 1}"))
+    figure.legend(
+        handles=patches,
+        loc="upper left",
+        bbox_to_anchor=place,
+        ncols=4,
+    )
+
+
+def draw_tiles(
+    axes: Axes,
+    row: Row,
+    tiles: list[np.ndarray],
+    fontsize: float,
+) -> None:
+    """Draw tiles [H, W, 3] side by side, the image first, with the row's text and captions."""
+    # each with a border of the background's grey
+    padding = tiles[0].shape[1] // 20
+    border = (0, 0), (padding, padding), (0, 0)
+    strip = np.hstack([np.pad(tile, border, constant_values=237) for tile in tiles])
+    axes.imshow(strip, interpolation="nearest")
+    # names may hold a dollar sign
+    axes.set_title(
+        row.text,
+        color=row.color,
+        loc="left",
+        fontsize="medium",
+        parse_math=False,
+    )
+    centers = (np.arange(len(tiles)) + 0.5) * strip.shape[1] / len(tiles)
+    axes.set_xticks(centers, ["image", *row.captions], fontsize=fontsize)
+    axes.tick_params(length=0, labelleft=False)
+    axes.set(frame_on=False, anchor="W")
 
 
 def draw_matrices(
@@ -180,7 +214,12 @@ def draw_matrices(
     columns = min(4, len(blocks))
     lines = math.ceil(len(blocks) / columns)
     figure = Figure((max(7, 3.5 * columns), 3.3 * lines + 1.8), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    grid = figure.subplots(
+        lines,
+        columns,
+        squeeze=False,
+        sharey=True,
+    )
     figure.suptitle(f"{describe(model, 'matrix')}\n{text}", parse_math=False)
     norm = add_colorbar(
         figure,
@@ -203,7 +242,12 @@ def draw_matrices(
     for axes in grid.flat[len(blocks) :]:
         axes.remove()
     for axes, block, matrix in zip(grid.flat[: len(blocks)], blocks, matrices, strict=True):
-        axes.imshow(matrix, cmap=COLORS, norm=norm, interpolation="nearest")
+        axes.imshow(
+            matrix,
+            cmap=COLORS,
+            norm=norm,
+            interpolation="nearest",
+        )
         axes.set_title(f"block {block}, largest {matrix.max():.2%}", fontsize="medium")
         axes.set_xticks(centers, names, rotation=30)
         axes.set_yticks(centers, names)
@@ -226,8 +270,18 @@ def draw_distances(
     axes = figure.subplots()
     for head, distances in enumerate(values.T, start=1):
         axes.plot(blocks, distances, "o", label=f"head {head}")
-    axes.plot(blocks, values.mean(axis=1), color="0.3", label="mean of heads")
-    axes.axhline(even, color="0.6", linestyle="--", label="even attention")
+    axes.plot(
+        blocks,
+        values.mean(axis=1),
+        color="0.3",
+        label="mean of heads",
+    )
+    axes.axhline(
+        even,
+        color="0.6",
+        linestyle="--",
+        label="even attention",
+    )
     axes.set(xlabel="block", ylabel="distance in pixels", xticks=blocks)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from util import distributed
 from util.checkpoint import TrainState, explain_write_errors, open_atomic
+from util.config import ModelConfig, describe_size
 from util.distributed import print0
 from util.errors import InputError, NonFiniteLossError
 from util.precision import Precision
@@ -246,12 +247,29 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def print_reduction(model: nn.Module, config: ModelConfig) -> None:
+    """Print that a CNN's first layers leave little of small images, if they do."""
+    levels = getattr(model, "feature_info", [])
+    # the patches of a ViT are for the user to choose
+    if hasattr(model, "patch_embed") or max(config.input_size) > 48:
+        return
+    # in timm's CNNs the first level of features may precede the stem's pooling
+    reductions = [level["reduction"] for level in levels[:2] if level["reduction"] >= 4]
+    if reductions:
+        left = describe_size(tuple(side // reductions[0] for side in config.input_size))
+        print0(
+            f"Model {config.name} reduces {describe_size(config.input_size)} pixels to {left} in its first layers, "
+            "which costs accuracy; the *_cifar models do not: see docs/baselines.md"
+        )
+
+
 def print_run_summary(state: TrainState, images: int, test_images: int, distinct: int) -> None:
     """Print what will be trained on what; `distinct` images are seen per epoch."""
     args = state.args
     epochs = args["epochs"]
     updates = state.updates_per_epoch
     print0(f"Model {state.config.name}; number of params: {count_parameters(state.model)}")
+    print_reduction(state.model, state.config)
     repeated = " (--repeated-aug)" if args["repeated_aug"] else ""
     print0(
         f"{images} training and {test_images} test images; an epoch of {updates} updates shows {distinct} distinct "

@@ -22,7 +22,7 @@ from util.command import (
     positive_float,
     positive_int,
 )
-from util.config import DATA_SETS, AugmentConfig, DataConfig, ModelConfig, resolve_input_size
+from util.config import DATA_SETS, FOLDER_DATA_SETS, AugmentConfig, DataConfig, ModelConfig, resolve_input_size
 from util.errors import InputError
 from util.precision import AMP_FLAG
 
@@ -53,6 +53,7 @@ FLAGS = {
         ("--checkpoint-interval", positive_float, None, "save within epochs too, every so many minutes"),
         ("--keep-checkpoints", positive_int, 2, "number of latest epochs whose checkpoints are kept"),
         ("--eval", bool, False, "evaluate the checkpoint of --resume and exit"),
+        ("--report", str, None, "with --eval: folder for metrics, confusion matrix, predictions and worst mistakes"),
         ("--use-ema", bool, False, "with --eval, --finetune and --visualize: use the EMA weights"),
         ("--eval-freq", positive_int, 1, "evaluate every so many epochs, and after the last"),
         ("--print-freq", positive_int, 10, "updates between two reports"),
@@ -153,9 +154,11 @@ FLAGS = {
             "--data-set",
             DATA_SETS,
             "IMNET",
-            "FOLDER: any train/CLASS/ and val/CLASS/; CIFAR is CIFAR-100; DIGITS needs no data",
+            "FOLDER: any train/CLASS/ and val/CLASS/; DIGITS needs no data; docs/small_data.md lists downloadable ones",
         ),
         ("--data-path", str, None, "folder of the data"),
+        ("--train-split", str, "train", "name of the folder of training images, where they are in class folders"),
+        ("--val-split", str, "val", "name of the folder of validation images"),
         ("--use-lmdb", bool, False, "read train.lmdb and val.lmdb, which folder2lmdb.py writes"),
         ("--inat-category", INAT_CATEGORIES, "name", "what counts as a class of iNaturalist"),
         ("--transform", ("fast", "timm"), "fast", "timm: the reference augmentation, slower"),
@@ -285,6 +288,8 @@ def check_modes(args: argparse.Namespace) -> None:
     # flags without effect in this mode
     if args.use_ema and not (args.eval or args.finetune or mode):
         raise InputError("--use-ema is for --eval, --finetune and --visualize: leave it out")
+    if args.report and not args.eval:
+        raise InputError("--report is for --eval: add it")
     for name in ("image_dir", "blocks", "format", "npz"):
         if name in args.given and not mode:
             raise InputError(f"--{name.replace('_', '-')} is for --visualize KIND: add it")
@@ -353,16 +358,20 @@ def model_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 def data_config(args: argparse.Namespace, device: torch.device, saved: DataConfig | None = None) -> DataConfig:
     """Return the data set that the flags describe, or a checkpoint's, `saved`, as far as flags were not given."""
-    flags = {"name": "data_set", "root": "data_path", "lmdb": "use_lmdb", "inat_category": "inat_category"}
+    flags = {"name": "data_set", "root": "data_path", "lmdb": "use_lmdb"}
+    flags |= {name: name for name in ("inat_category", "train_split", "val_split")}
     values = {name: getattr(args, flag) for name, flag in flags.items() if saved is None or flag in args.given}
     # how images are read is this machine's business, and not the checkpoint's
-    return replace(
+    data = replace(
         saved or DataConfig(),
         **values,
         transform=args.transform,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type != "cpu",
     )
+    if data.name not in FOLDER_DATA_SETS and args.given & {"train_split", "val_split"}:
+        raise InputError(f"--train-split and --val-split: --data-set {data.name} has its own splits; leave them out")
+    return data
 
 
 def augment_config(args: argparse.Namespace) -> AugmentConfig:

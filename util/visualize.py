@@ -132,7 +132,13 @@ def tile_pictures(
     overview = []
     for number, view in enumerate(views):
         rows = mask_rows(model, view, blocks) if kind == "mask" else map_rows(kind, view, blocks)
-        yield draw_rows(f"{kind}_{number:04}", kind, model, rows, tile_inches=2.6 if len(rows) == 1 else 1.6)
+        yield draw_rows(
+            f"{kind}_{number:04}",
+            kind,
+            model,
+            rows,
+            tile_inches=2.6 if len(rows) == 1 else 1.6,
+        )
         # a longer one would be too much to look at
         if len(overview) < 32:
             overview += map_rows("mean", view, blocks) if kind == "attention" else rows
@@ -242,4 +248,11 @@ def distance_pictures(
 def write_csv(file: BinaryIO, values: np.ndarray, blocks: np.ndarray) -> None:
     """Write distances [blocks, h]: a line per block, a column per head."""
     header = ",".join(["block", *(f"head {i + 1}" for i in range(values.shape[1]))])
-    np.savetxt(file, np.column_stack([blocks, values]), fmt="%.6g", delimiter=",", header=header, comments="")
+    np.savetxt(
+        file,
+        np.column_stack([blocks, values]),
+        fmt="%.6g",
+        delimiter=",",
+        header=header,
+        comments="",
+    )
