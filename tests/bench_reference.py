@@ -9,6 +9,7 @@ test_fast_paths.py does that.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -166,12 +167,14 @@ def compare(name: str, mode: str, args: argparse.Namespace, device: torch.device
     rates = {precision.dtype: engine.matrix_rate(precision, 0.25) for _, precision, _ in ways.values()}
     seconds = take_turns(steps, args.pairs)
     reference, *_ = seconds.values()
+    # once per model, of which there are several ways
+    count_macs = functools.cache(functools.partial(engine.count_macs, input_size=size))
     for label, (model, precision, _) in ways.items():
         # of the ratios within a turn, since the machine's speed drifts from turn to turn
         ratios = [b / a for a, b in zip(seconds[label], reference, strict=True)]
         q1, ratio, q3 = statistics.quantiles(ratios, method="inclusive")
         images_per_s = batch_size / statistics.median(seconds[label])
-        gmacs = engine.count_macs(model, size)
+        gmacs = count_macs(model)
         work = gmacs * (engine.TRAIN_STEP_MACS if train else 1)
         yield {
             "model": name,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from crash_runner import Runner
+from crash_runner import Runner, hide_bf16
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -42,11 +42,10 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def float32_by_default() -> Iterator[None]:
-    """Hide that the CPU may compute bf16, so that a test without --amp is the same everywhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        yield
+    """Hide that the CPU may compute bf16, in the processes of `runner` too."""
+    undo = hide_bf16()
+    yield
+    undo()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,14 @@ MOMENTS: dict[str, tuple[object, str, str]] = {
 # What a command may have besides flags, out and ranks, see `Runner.__call__`
 DEFAULTS = {"call": "main:main", "kill": None, "env": None, "seconds": 120, "grace": 60, "largest": None}
 DEFAULTS |= {"start_method": None}
+
+
+def hide_bf16() -> Callable[[], None]:
+    """Hide that the CPU may compute bf16, so that a run without --amp is the same everywhere; return what undoes it."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return patch.undo
 
 
 def arm(moment: str, count: int, strike: Callable[[], None]) -> None:
@@ -231,5 +240,6 @@ class Runner:
 
 
 if __name__ == "__main__":
+    hide_bf16()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -168,15 +168,15 @@ def test_macs_are_the_published_ones(name, gmacs):
 
 
 def test_the_comparison_with_the_reference_runs(tmp_path, capsys):
-    words = f"--model {TINY} --batch-size 2 --pairs 2 --device cpu --json {tmp_path / 'b.json'}"
+    words = f"--model {TINY} --batch-size 1 --pairs 2 --device cpu --bf16 --json {tmp_path / 'b.json'}"
     assert bench_reference(words.split()) == 0
     out = capsys.readouterr().out
     written = json.loads((tmp_path / "b.json").read_text())
     assert written["differences"][TINY]["outputs"] < 1e-5
-    ways = ["plain, float32", "ours, float32", "DeiT, float32"]
+    ways = [f"{model}, {precision}" for precision in ("float32", "bf16") for model in ("plain", "ours", "DeiT")]
     assert [row["way"] for row in written["rows"]] == [*ways, *ways]
     assert all(row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"] for row in written["rows"])
-    assert written["rows"][0]["ratio"] == 1 and f"| {TINY} | inference | 2 | ours, float32 |" in out
+    assert written["rows"][0]["ratio"] == 1 and f"| {TINY} | inference | 1 | ours, float32 |" in out
 
 
 def test_a_sweep_is_a_table_csv_json_and_a_picture(tmp_path, capsys):

@@ -68,8 +68,8 @@ class Precision:
             if not self.fused_attn and hasattr(module, "fused_attn"):
                 module.fused_attn = False
         if self.dtype is not None:
-            # a distilled model has two
-            classifiers = model.get_classifier()
+            # a distilled model has two, and one that is not timm's has none to be found
+            classifiers = getattr(model, "get_classifier", tuple)()
             for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
                 if type(classifier) is nn.Linear:
                     classifier.__class__ = Float32Linear
