@@ -29,7 +29,7 @@ from data.transforms import DeviceTransform
 from losses import DistillationLoss, ImageLoss
 from models import build
 from models.dhvt import DHVT
-from util import distributed, log, optim, options, report, visualize, weights
+from util import data_options, distributed, log, optim, options, report, visualize, weights
 from util.checkpoint import TrainState, check_output_dir, resolve_resume
 from util.command import run_command
 from util.config import DataConfig, ModelConfig, describe_size
@@ -57,8 +57,8 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
         measure_speed(args, config, precision)
 
     # Data; the training set says which classes there are
-    data = options.data_config(args, precision.device)
-    train_set = datasets.build_train_set(data, config, options.augment_config(args))
+    data = data_options.data_config(args, precision.device)
+    train_set = datasets.build_train_set(data, config, data_options.augment_config(args))
     val_set = datasets.build_val_set(data, config, train_set.classes)
     build.check_classes(resume, saved.get("classes"), train_set.classes)
     config = replace(config, num_classes=build.resolve_num_classes(args.nb_classes, train_set.classes))
@@ -104,7 +104,7 @@ def run_epochs(
 ) -> None:
     """Train, save, evaluate and log each epoch that is left."""
     prepare = DeviceTransform(state.config, precision)
-    prepare_train = DeviceTransform(state.config, precision, options.augment_config(args))
+    prepare_train = DeviceTransform(state.config, precision, data_options.augment_config(args))
     keep_rate_schedule = None
     if options.is_evit(args.model):
         keep_rate_schedule = partial(
@@ -287,7 +287,7 @@ def evaluate(args: argparse.Namespace, precision: Precision) -> None:
     """Evaluate a checkpoint on the validation set that it was trained with, or on the one that the flags name."""
     trained = load_for_inference(args)
     config = trained.config
-    data = options.data_config(args, precision.device, trained.data)
+    data = data_options.data_config(args, precision.device, trained.data)
     val_set = datasets.build_val_set(data, config, trained.classes)
     build.check_classes(trained.source, trained.classes, val_set.classes)
     if args.test_speed:
@@ -319,7 +319,7 @@ def visualize_model(args: argparse.Namespace, precision: Precision) -> None:
         dataset = datasets.build_image_set(args.image_dir, trained.config)
     else:
         # timm's transform normalizes the images itself
-        data = replace(options.data_config(args, precision.device, trained.data), transform="timm")
+        data = replace(data_options.data_config(args, precision.device, trained.data), transform="timm")
         dataset = datasets.build_val_set(data, trained.config, trained.classes)
         build.check_classes(trained.source, trained.classes, dataset.classes)
     if not distributed.is_primary():

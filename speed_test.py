@@ -32,6 +32,7 @@ from util.command import (
     run_command,
 )
 from util.config import ModelConfig, describe_size
+from util.errors import InputError
 from util.precision import AMP_FLAG, DTYPES, Precision, resolve_amp
 from util.weights import first_line
 
@@ -99,6 +100,8 @@ def resolve_models(words: Sequence[str], size: Sequence[int] | None) -> dict[str
         # the keys of TOP1 are words too
         pattern, *pairs = re.split("[:, ]", word)
         kwargs = parse_key_values(pairs, word)
+        if "img_size" in kwargs:
+            raise InputError(f"{word}: use --input-size or --image-sizes instead of img_size")
         # timm lists no names with a tag, and none that do not exist: resolve_input_size accepts the former only
         for name in timm.list_models(pattern) or [pattern]:
             input_size = resolve_input_size(name, parse_size(size), "model")

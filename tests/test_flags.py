@@ -20,7 +20,7 @@ import datasets
 import engine
 import main
 from data.images import ImageArray
-from util import checkpoint, command, distributed, options, report, visualize
+from util import checkpoint, command, data_options, distributed, options, report, visualize
 from util.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -315,8 +315,8 @@ def test_a_flag_does_what_it_is_for(flag, observe):
 @pytest.mark.parametrize(("flags", "pinned"), [("", True), ("--no-pin-mem", False), ("--no-pin-mem --pin-mem", True)])
 def test_pinned_memory_is_for_accelerators(flags, pinned):
     args = options.parse([*BASE.split(), *flags.split()])
-    assert options.data_config(args, torch.device("cuda")).pin_memory is pinned
-    assert options.data_config(args, CPU).pin_memory is False
+    assert data_options.data_config(args, torch.device("cuda")).pin_memory is pinned
+    assert data_options.data_config(args, CPU).pin_memory is False
 
 
 SPECIAL = {"--device", "--pin-mem", "--no-pin-mem", "--dist-backend"}

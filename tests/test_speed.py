@@ -69,6 +69,7 @@ def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
     [
         ("nosuchmodel", "nosuchmodel", "for example"),
         ("resnet18:depth", "resnet18:depth", "KEY=VALUE"),
+        ("deit_tiny_patch16_224:img_size=32", "img_size", "--input-size"),
         ("resnet18 --pairs 1", "--pairs: 1", "at least 2"),
         ("resnet18 --basline x", "--basline", "did you mean --baseline?"),
     ],
