@@ -1,8 +1,8 @@
 """Compare runs: python compare.py RUN… [--out FOLDER].
 
 A RUN is an --output_dir of main.py, whether finished or not, or a folder of such folders. Runs of as many epochs that
-differ in the seed alone are one line, with mean ± standard deviation. A line is named by the flags in which it differs
-from others.
+differ in seeds or folds alone are one line, with mean ± standard deviation. A line is named by the flags in which it
+differs from others. Accuracy on the test set is that of a report in RUN/test (--eval --split test --report RUN/test).
 """
 
 import csv
@@ -26,11 +26,16 @@ from util.command import Parser, add_flags, run_command
 from util.errors import InputError
 from util.log import RunLog
 
-FLAGS = (("--out", str, None, "folder for compare.csv and compare.png, the accuracies by epoch"),)
+FLAGS = (
+    ("--out", str, None, "folder for compare.csv and compare.png, the accuracies by epoch"),
+    ("--x", str, None, "draw each model's accuracy by this flag instead, for example train_fraction"),
+)
 
-# what runs of one line may differ in: besides the seed, what follows from other flags
+# what runs of one line may differ in: besides seeds and folds, what follows from other flags
 IGNORED = FLAGS_WITHOUT_EFFECT | {
     "seed",
+    "fold",
+    "split_seed",
     "data_path",
     "given",
     "effective_batch",
@@ -45,6 +50,7 @@ COLUMNS = {
     "best top-1": ".2f",
     "last top-1": ".2f",
     "best EMA": ".2f",
+    "test top-1": ".2f",
     "parameters (M)": ".3f",
     "GMACs": ".3f",
     "images/s": ".1f",
@@ -69,7 +75,9 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise InputError("no epoch is finished")
 
     # flags that are newer than the run are at their defaults
-    args = vars(options.build_parser().parse_args([])) | saved
+    defaults = vars(options.build_parser().parse_args([])) | {"given": []}
+    # lists, as in the file
+    args = json.loads(json.dumps(defaults)) | saved
     # EViT: accuracies at a higher keep rate are those of a slower model
     rate = min(line.get("keep_rate", 1) for line in tested)
     at_rate = [line for line in tested if line.get("keep_rate", 1) == rate]
@@ -77,6 +85,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         max(line["test_acc1"] for line in at_rate),
         tested[-1]["test_acc1"],
         max(line.get("test_ema_acc1", np.nan) for line in at_rate),
+        read_test_accuracy(folder),
         args["n_parameters"] / 1e6,
         count_gmacs(args),
         statistics.median(line["images_per_s"] for line in epochs),
@@ -91,9 +100,16 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
+def read_test_accuracy(folder: Path) -> float:
+    """Return the accuracy in percent that the report in RUN/test has, nan where there is none."""
+    path = folder / "test" / "report.json"
+    return 100 * json.loads(path.read_text())["accuracy"] if path.exists() else np.nan
+
+
 def count_gmacs(args: dict[str, Any]) -> float:
     try:
-        config = options.model_config(Namespace(**args))
+        # without a download
+        config = options.model_config(Namespace(**args | {"pretrained": False}))
         return engine.count_macs(build_model(config), config.input_size)
     # a model's own code may raise anything
     except Exception:
@@ -123,7 +139,7 @@ def format_line(label: str, runs: Sequence[dict]) -> str:
     for style, mean, std in zip(COLUMNS.values(), *mean_and_std([run["numbers"] for run in runs]), strict=True):
         # parameters and MACs are the same for every seed, but for rounding
         spread = f" ± {std:{style}}" if std > 1e-9 else ""
-        cells.append(f"{mean:{style}}{spread}")
+        cells.append("-" if np.isnan(mean) else f"{mean:{style}}{spread}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -157,24 +173,46 @@ def draw(labels: Sequence[str], groups: Sequence[list[dict]], path: Path) -> Non
     figure.savefig(path, dpi=200)
 
 
-def run(argv: list[str]) -> None:
-    parser = Parser(prog="compare.py", description=__doc__)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="folder of a run, or of runs",
-    )
-    add_flags(parser, FLAGS)
-    args = parser.parse_args(argv)
+def draw_by(name: str, groups: Sequence[list[dict]], path: Path) -> None:
+    """Draw accuracy, on the test set if all runs have it, by a flag: mean and standard deviation, a line per model."""
+    titles = list(COLUMNS)
+    column = titles.index("test top-1")
+    if any(np.isnan(run["numbers"][column]) for runs in groups for run in runs):
+        column = titles.index("best top-1")
+    lines = defaultdict(list)
+    for runs in groups:
+        flags = runs[0]["flags"]
+        if name not in flags:
+            raise InputError(f"--x {name}: no flag in which runs differ; for example lr or train_fraction")
+        mean, std = mean_and_std([run["numbers"] for run in runs])
+        # names, and None, are shown as text
+        x = flags[name] if isinstance(flags[name], int | float) else str(flags[name])
+        lines[flags["model"]].append((x, mean[column], std[column]))
 
-    # Find the runs, each once
+    figure = Figure((7, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel=name, ylabel=f"{titles[column]} accuracy (%)")
+    axes.grid(alpha=0.3)
+    for model, points in lines.items():
+        x, mean, std = zip(*sorted(points, key=lambda point: (isinstance(point[0], str), point)), strict=True)
+        axes.errorbar(
+            x,
+            mean,
+            yerr=std,
+            marker="o",
+            capsize=3,
+            label=model,
+        )
+    figure.legend(loc="outside lower center")
+    figure.savefig(path, dpi=200)
+
+
+def find_groups(words: Sequence[str]) -> tuple[list[list[dict]], list[list[str]]]:
+    """Return the runs in folders, each once, grouped by the flags that tell them apart; and lines on unusable ones."""
     folders = {}
-    for word in args.runs:
+    for word in words:
         for path in sorted(Path(word).rglob("args.json")) or [Path(word, "args.json")]:
             folders[path.parent.resolve()] = path.parent
 
-    # Group them by the flags that tell them apart, and list what is wrong with others
     found = defaultdict(list)
     errors = []
     for folder in folders.values():
@@ -185,7 +223,25 @@ def run(argv: list[str]) -> None:
             found[key].append(run)
         except InputError as error:
             errors.append([f"{folder}: {error}"])
-    groups = list(found.values())
+        except (LookupError, TypeError, ValueError) as error:
+            errors.append([f"{folder}: damaged ({error!r})"])
+    return list(found.values()), errors
+
+
+def run(argv: list[str]) -> None:
+    parser = Parser(prog="compare.py", description=__doc__)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run, or of runs",
+    )
+    add_flags(parser, FLAGS)
+    args = parser.parse_args(argv)
+    if args.x and not args.out:
+        raise InputError("--x draws to a folder: add --out FOLDER")
+
+    groups, errors = find_groups(args.runs)
     labels = list(describe_groups(groups))
 
     print(f"| run | n | epochs | {' | '.join(COLUMNS)} |\n|{'---|' * (3 + len(COLUMNS))}")
@@ -202,7 +258,9 @@ def run(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "compare.csv", "w") as file:
             csv.writer(file).writerows([["run", "seed", *COLUMNS], *table, *errors])
-        if groups:
+        if groups and args.x:
+            draw_by(args.x.replace("-", "_"), groups, out / "compare.png")
+        elif groups:
             draw(labels, groups, out / "compare.png")
 
 

@@ -26,7 +26,7 @@ from data.images import (
     list_images,
 )
 from data.lmdb import ImageDatabase
-from data.sampler import EpochSampler, SeededDataset
+from data.sampler import EpochSampler, SeededDataset, choose_images, split_stratified
 from data.transforms import FastTransform, build_transform
 from util import distributed
 from util.config import (
@@ -93,28 +93,12 @@ class DatabaseImages(Dataset):
         return apply_transform(self.transform, image), label
 
 
-def _choose_stratified(targets: np.ndarray, test_size: float, train: bool) -> np.ndarray:
-    """Return the indices of the images for training, or for testing: always the same, and in proportion to classes.
-
-    `test_size` is a share below 1, or a number of images.
-    """
-    from sklearn.model_selection import train_test_split
-
-    parts = train_test_split(
-        np.arange(len(targets)),
-        test_size=test_size,
-        stratify=targets,
-        random_state=0,
-    )
-    return parts[0] if train else parts[1]
-
-
 def load_digits(train: bool, size: tuple[int, int], transform: Callable | None) -> ImageArray:
     """Return scikit-learn's 1,797 handwritten digits at `size` (height, width); 360 of them are for testing."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
-    chosen = _choose_stratified(digits.target, 360, train)
+    chosen = split_stratified(digits.target, 0.2)[0 if train else 1]
     images, targets = digits.images[chosen], digits.target[chosen]
     # values are from 0 to 16
     grey = np.rint(images * (255 / 16)).astype(np.uint8)  # N, 8, 8
@@ -149,7 +133,7 @@ def load_named(name: str, root: Path, train: bool, transform: Callable | None) -
 
     # a split of our own, where there is none
     if named.val_share:
-        chosen = _choose_stratified(targets, named.val_share, train)
+        chosen = split_stratified(targets, named.val_share)[0 if train else 1]
         images, targets = images[chosen], targets[chosen]
     targets = targets.tolist()
 
@@ -214,7 +198,7 @@ def build_dataset(
 
 
 def build_train_set(data: DataConfig, config: ModelConfig, augment: AugmentConfig) -> Dataset:
-    """Return the training split, augmented."""
+    """Return the training split, augmented, or the part of it that `data` trains on."""
     transform = build_transform(
         True,
         config,
@@ -224,7 +208,7 @@ def build_train_set(data: DataConfig, config: ModelConfig, augment: AugmentConfi
     )
     if data.transform == "fast":
         transform = FastTransform(transform)
-    return build_dataset(data, True, config, transform)
+    return choose_images(build_dataset(data, True, config, transform), data, held_out=False)
 
 
 def _resolve_class_to_idx(data: DataConfig, classes: Sequence[str] | None) -> dict[str, int] | None:
@@ -243,7 +227,7 @@ def _resolve_class_to_idx(data: DataConfig, classes: Sequence[str] | None) -> di
 
 
 def build_val_set(data: DataConfig, config: ModelConfig, classes: Sequence[str] | None = None) -> Dataset:
-    """Return the validation split with the training split's class numbers.
+    """Return the validation split with the training split's class numbers, or what is held out of the training split.
 
     `classes`, a checkpoint's, count where there is no training split. Prints which classes have no images.
     """
@@ -254,6 +238,8 @@ def build_val_set(data: DataConfig, config: ModelConfig, classes: Sequence[str] 
     )
     if data.transform == "fast":
         transform = FastTransform(transform)
+    if data.holds_out:
+        return choose_images(build_dataset(data, True, config, transform), data, held_out=True)
     class_to_idx = _resolve_class_to_idx(data, classes)
     dataset = build_dataset(data, False, config, transform, class_to_idx)
 

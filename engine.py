@@ -131,7 +131,9 @@ def update_weights(model: nn.Module, state: TrainState, clip_grad: float | None)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if state.ema is not None:
-        state.ema.update(state.model)
+        # without a step the decay is constant; timm counts updates, over all epochs, from 1
+        step = (state.epoch + 1) * state.updates_per_epoch + state.update + 1
+        state.ema.update(state.model, step if state.ema.use_warmup else None)
 
 
 def read_losses(pending: list[Tensor], state: TrainState) -> list[float]:
@@ -234,17 +236,18 @@ def benchmark(
     *,
     train: bool = False,
     min_seconds: float = 1.0,
-    compiled: bool = False,
+    compile_mode: str | None = None,
     gmacs: float,
 ) -> dict[str, Any]:
     """Measure the throughput of a copy of the model on random images: inference, or training steps with AdamW.
 
+    It is compiled if `compile_mode`, a mode of torch.compile, is given.
     Calls are timed until they are steady (interquartile range within 3 % of the median), for at least `min_seconds`
     and at most 30 times as long. Returns images_per_s and ms_per_batch (medians), the spread (interquartile range in
     percent of the median), whether that is steady, the rate of plain matrix products (matrix_gmacs_per_s) and the
     share of it that the model's `gmacs` per image reach, and peak_memory_mib.
     """
-    step = make_step(model, input_size, batch_size, precision, train, compiled)
+    step = make_step(model, input_size, batch_size, precision, train, compile_mode)
 
     # Warm up: the first calls compile, allocate and choose kernels
     distributed.reset_peak_memory(precision.device)
@@ -298,7 +301,7 @@ def make_step(
     batch_size: int,
     precision: Precision,
     train: bool,
-    compiled: bool,
+    compile_mode: str | None,
 ) -> Callable:
     """Return a function that runs a copy of the model on random images: one folded forward pass, or one update."""
     # Already normalised and on the device: loading is measured by tests/bench_loader.py.
@@ -311,8 +314,8 @@ def make_step(
         reparameterize_model(model, inplace=True)
     # After folding, which makes new weights
     precision.place(model)
-    if compiled:
-        model.compile()
+    if compile_mode:
+        model.compile(mode=compile_mode)
 
     @torch.inference_mode()
     def inference_step() -> None:

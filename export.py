@@ -1,7 +1,8 @@
 """Export a trained model: safetensors as timm and the Hugging Face hub have it, and ONNX.
 
 `python export.py --checkpoint output/mine/best_checkpoint.pth --out exported` writes a folder that predict.py and
-`timm.create_model("local-dir:exported", pretrained=True)` load. With --onnx it also holds model.onnx.
+`timm.create_model("local-dir:exported", pretrained=True)` load. With --onnx it also holds model.onnx; --push uploads
+it, with the token of `hf auth login`.
 """
 
 import json
@@ -15,10 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 
+from card import write_card
 from models.build import TrainedModel, load_trained
 from util.command import REQUIRED, Parser, add_flags, add_model_flags, run_command
 from util.errors import InputError
@@ -26,9 +30,10 @@ from util.options import model_overrides
 from util.weights import first_line
 
 FLAGS = (
-    ("--out", str, REQUIRED, "folder to write model.safetensors and config.json to"),
+    ("--out", str, REQUIRED, "folder to write model.safetensors, config.json and README.md, the model card, to"),
     ("--onnx", bool, False, "also write model.onnx, verified with ONNX Runtime"),
     ("--overwrite", bool, False, "replace --out once the new folder is complete"),
+    ("--push", str, None, "USER/NAME: upload --out to the Hugging Face Hub; a new repository is public"),
 )
 
 
@@ -43,8 +48,8 @@ def write_safetensors(trained: TrainedModel, folder: Path) -> None:
         data_config={
             "input_size": (3, *config.input_size),
             "crop_pct": config.crop_ratio,
-            "crop_mode": "center",
-            "interpolation": "bicubic",
+            "crop_mode": config.crop_mode,
+            "interpolation": config.interpolation,
             "mean": config.mean,
             "std": config.std,
         },
@@ -87,7 +92,7 @@ def write_onnx(trained: TrainedModel, path: Path) -> None:
             raise InputError(f"--onnx: torch cannot export this model ({first_line(error)}); leave it out") from None
 
     # the file says how images are prepared, and what the logits stand for
-    properties = {**asdict(trained.config), "interpolation": "bicubic", "classes": trained.classes}
+    properties = {**asdict(trained.config), "classes": trained.classes}
     for name, value in properties.items():
         program.model.metadata_props[name] = json.dumps(value)
     program.save(path)
@@ -102,11 +107,30 @@ def write_onnx(trained: TrainedModel, path: Path) -> None:
     print(f"ONNX Runtime's logits differ by {difference:.1e} of the largest")
 
 
+def push(folder: Path, repository: str) -> None:
+    """Upload a folder to the Hugging Face Hub, or to the server that HF_ENDPOINT names. Raises InputError."""
+    # seconds of silence; the library would wait forever
+    get_session().timeout = 60
+    try:
+        url = HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:
+        # of any kind: names, logins, connections and servers fail in many ways
+        raise InputError(
+            f"--push {repository}: {first_line(error)}; {folder} is complete: upload it with `hf auth login` and "
+            f"`hf upload {repository} {folder}`"
+        ) from None
+    print(f"uploaded to {url}")
+
+
 def run(argv: list[str]) -> None:
     parser = Parser(prog="export.py", description=__doc__)
     add_flags(parser, FLAGS)
     add_model_flags(parser)
     args = parser.parse_args(argv)
+    # without a user the hub would take whoever is logged in
+    if args.push and args.push.count("/") != 1:
+        raise InputError(f"--push {args.push}: must be USER/NAME")
     out = Path(args.out)
     if out.exists():
         if not args.overwrite:
@@ -122,6 +146,7 @@ def run(argv: list[str]) -> None:
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
             folder = Path(temporary, "new")
             write_safetensors(trained, folder)
+            write_card(trained, folder / "README.md", args.use_ema, args.push or "USER/NAME")
             if args.onnx:
                 write_onnx(trained, folder / "model.onnx")
             if out.exists():
@@ -136,6 +161,8 @@ def run(argv: list[str]) -> None:
     print(
         f'load it with timm.create_model("local-dir:{out}", pretrained=True) after `import models` of this repository'
     )
+    if args.push:
+        push(out, args.push)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,13 +25,15 @@ class ImageLoss(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """Knowledge distillation through a distillation token: (1 - alpha) * base loss + alpha * distillation loss.
+    """Knowledge distillation: (1 - alpha) * base loss + alpha * distillation loss.
 
     Outputs are the logits of the student's class head and distillation head, each [B, classes]. The base loss,
     `base(outputs, targets)`, compares the class head with the targets. The distillation loss compares the distillation
     head with the teacher's logits for the same images: "hard" is the cross-entropy with the teacher's most likely
-    class, "soft" is KL(teacher || student) at temperature `tau`, times tau^2 / (B * classes). Both are computed in
-    float32. The teacher stays in eval mode, gets no gradients and runs within `autocast()`.
+    class, "soft" is KL(teacher || student) at temperature `tau`, times tau^2 / (B * classes). "kd" is for students
+    without a distillation head: both losses take the same logits [B, classes], and KL is times tau^2 / B, as
+    in timm's LogitDistillationTask. All are computed in float32. The teacher stays in eval mode, gets no gradients and
+    runs within `autocast()`.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class DistillationLoss(nn.Module):
         self.tau = tau
         self.autocast = autocast
 
-    def forward(self, samples: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    def forward(self, samples: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        if self.kind == "kd":
+            outputs = outputs, outputs
         class_logits, distillation_logits = (logits.float() for logits in outputs)
         # the class head learns from the labels
         base_loss = self.base(class_logits, targets)
@@ -70,6 +74,7 @@ class DistillationLoss(nn.Module):
                 reduction="sum",
                 log_target=True,
             )
-            # DeiT's mean is over B * classes; "batchmean" is over B
-            distillation_loss = kl_divergence * self.tau**2 / distillation_logits.numel()
+            # DeiT's mean is over B * classes, timm's over B
+            count = len(samples) if self.kind == "kd" else distillation_logits.numel()
+            distillation_loss = kl_divergence * self.tau**2 / count
         return base_loss * (1 - self.alpha) + distillation_loss * self.alpha

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +34,6 @@ from util.command import run_command
 from util.config import DataConfig, ModelConfig, describe_size
 from util.distributed import print0
 from util.errors import InputError
-from util.keep_rate import keep_rate_at
 from util.precision import DTYPES, Precision, resolve_amp
 from util.stop_signal import StopSignal
 
@@ -49,15 +47,18 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
     resume = resolve_resume(args.resume, args.output_dir)
     saved = weights.load(resume) if resume else {}
     config = options.model_config(args)
+    if saved:
+        # it holds weights; timm's are of no use any more
+        config.kwargs.pop("pretrained", None)
     teacher = None
-    if args.distillation_type != "none":
+    if options.distillation_kind(args) != "none":
         overrides = {"name": args.teacher_model} if "teacher_model" in args.given else {}
         teacher = build.load_teacher(args.teacher_path, config, args.teacher_model, **overrides)
     if args.test_speed:
         measure_speed(args, config, precision)
 
     # Data; the training set says which classes there are
-    data = data_options.data_config(args, precision.device)
+    data = data_options.data_config(args, precision.device, resumed=build.read_data_config(saved))
     train_set = datasets.build_train_set(data, config, data_options.augment_config(args))
     val_set = datasets.build_val_set(data, config, train_set.classes)
     build.check_classes(resume, saved.get("classes"), train_set.classes)
@@ -81,11 +82,15 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
     if state.epoch + 1 >= args.epochs:
         print0(f"{resume}: this run is finished ({state.epoch + 1} epochs of {args.epochs}); nothing to do")
         return
-    criterion, mixup = build_loss_and_mixup(args, state, teacher, precision)
+    criterion, mixup = build_loss_and_mixup(args, state, teacher, precision, train_set.targets)
+    if args.save_images and distributed.is_primary():
+        report.draw_first_batch(criterion, state)
     distinct = train_loader.sampler.distinct_images(args.batch_size)
     log.print_run_summary(state, len(train_set), len(val_set), distinct)
     with log.RunLog(state.folder) as run_log:
         run_log.start(log.describe_run(state, precision), state.epoch + 1)
+        if args.log_wandb and distributed.is_primary():
+            state.wandb_id = run_log.start_wandb(args.log_wandb, state.wandb_id)
         run_epochs(args, state, train_loader, val_loader, criterion, mixup, frozen, run_log, precision, stop)
     log.print_best(state)
 
@@ -105,19 +110,11 @@ def run_epochs(
     """Train, save, evaluate and log each epoch that is left."""
     prepare = DeviceTransform(state.config, precision)
     prepare_train = DeviceTransform(state.config, precision, data_options.augment_config(args))
-    keep_rate_schedule = None
-    if options.is_evit(args.model):
-        keep_rate_schedule = partial(
-            keep_rate_at,
-            start_epoch=args.shrink_start_epoch,
-            end_epoch=args.shrink_start_epoch + args.shrink_epochs,
-            iterations_per_epoch=state.updates_per_epoch,
-            base_rate=args.base_keep_rate,
-        )
+    keep_rate_schedule = options.keep_rate_schedule(args, state.updates_per_epoch)
     if args.compile:
-        state.model.compile()
+        state.model.compile(mode=args.torchcompile_mode)
         if state.ema is not None:
-            state.ema.module.compile()
+            state.ema.module.compile(mode=args.torchcompile_mode)
     model = distributed.wrap_ddp(state.model, precision.device)
 
     for epoch in range(state.epoch + 1, args.epochs):
@@ -127,6 +124,9 @@ def run_epochs(
         model.train(args.train_mode)
         for module in frozen:
             module.eval()
+        if mixup is not None:
+            # switched off it still smooths the labels
+            mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
         stats = engine.train_one_epoch(
             model,
             criterion,
@@ -187,10 +187,12 @@ def build_state(
     """Return the state of a run at its beginning."""
     ema = None
     if args.model_ema:
-        ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+        device = "cpu" if args.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
     lr, lr_info = options.scale_lr(args, distributed.world_size())
     print0(lr_info)
-    optimizer = optim.build_optimizer(model, precision.device, **{**optimizer_kwargs(args), "lr": lr})
+    how = {**optimizer_kwargs(args), "lr": lr}
+    optimizer = optim.build_optimizer(model, precision.device, opt_kwargs=args.opt_kwargs, **how)
     scheduler = optim.build_scheduler(optimizer, **{**scheduler_kwargs(args), "decay_milestones": [args.decay_epochs]})
     return TrainState(
         model=model,
@@ -201,7 +203,7 @@ def build_state(
         config=config,
         data=data,
         classes=classes,
-        args={name: value for name, value in vars(args).items() if name != "given"},
+        args=vars(args) | {"given": sorted(args.given)},
         updates_per_epoch=updates_per_epoch,
         folder=Path(args.output_dir) if args.output_dir else None,
         epoch=args.start_epoch - 1,
@@ -209,34 +211,31 @@ def build_state(
 
 
 def build_loss_and_mixup(
-    args: argparse.Namespace, state: TrainState, teacher: build.TrainedModel | None, precision: Precision
+    args: argparse.Namespace,
+    state: TrainState,
+    teacher: build.TrainedModel | None,
+    precision: Precision,
+    targets: Sequence[int] | None,
 ) -> tuple[nn.Module, Mixup | None]:
-    """Return the loss of (images, outputs, targets), and mixup where it is on."""
+    """Return the loss of (images, outputs, targets), and mixup where it is on; `targets` are all training labels."""
     num_classes = state.config.num_classes
-    mixup = None
-    if options.is_mixup_active(args):
-        mixup = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
-    loss = optim.build_criterion(mixup, args.smoothing, args.bce_loss)
+    mixup = data_options.build_mixup(args, num_classes)
+    balanced = args.class_weights == "balanced"
+    class_weights = optim.balance_classes(targets, num_classes).to(precision.device) if balanced else None
+    loss = optim.build_criterion(mixup, args.smoothing, args.bce_loss, class_weights)
     if teacher is None:
         return ImageLoss(loss), mixup
 
-    # From here on the model trains both its heads
-    build.check_teacher(teacher, state.model, state.classes)
-    state.model.set_distilled_training(True)
+    kind = options.distillation_kind(args)
+    build.check_teacher(teacher, state.model, state.classes, two_heads=kind != "kd")
+    if kind != "kd":
+        # from here on the model trains both its heads
+        state.model.set_distilled_training(True)
     print0(f"Teacher {teacher.config.name}, {log.count_parameters(teacher.model)} parameters")
     distillation = DistillationLoss(
         loss,
         precision.place(teacher.model),
-        args.distillation_type,
+        kind,
         args.distillation_alpha,
         args.distillation_tau,
         precision.autocast,
@@ -274,7 +273,7 @@ def evaluate_state(
 
 def load_for_inference(args: argparse.Namespace) -> build.TrainedModel:
     """Return the model of --resume, as its checkpoint says; flags that were given win."""
-    if not args.resume:  # --model-kwargs pretrained=True
+    if not args.resume:  # --pretrained
         config = options.model_config(args)
         return build.TrainedModel(build.build_model(config).eval(), config, None, None, "timm")
     resume = resolve_resume(args.resume, args.output_dir)
@@ -292,11 +291,11 @@ def evaluate(args: argparse.Namespace, precision: Precision) -> None:
     build.check_classes(trained.source, trained.classes, val_set.classes)
     if args.test_speed:
         measure_speed(args, config, precision)
-    size = describe_size(config.input_size)
-    print0(f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {config.name} at {size}")
+    how = f"{config.name} at {describe_size(config.input_size)}, on {data.describe_validation()}"
+    print0(f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {how}")
     model = precision.place(reparameterize_model(trained.model))
     if args.compile:
-        model.compile()
+        model.compile(mode=args.torchcompile_mode)
     # now, as the evaluation may take hours
     if args.report:
         Path(args.report).mkdir(parents=True, exist_ok=True)
@@ -358,7 +357,7 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, precision: Prec
         f"{distributed.describe(precision.device)}, torch {torch.__version__}",
     ]
     print0("\n".join(lines))
-    how = {"compiled": args.compile, "gmacs": gmacs}
+    how = {"compile_mode": args.torchcompile_mode if args.compile else None, "gmacs": gmacs}
     for mode in ("inference", "train"):
         row = engine.benchmark(model, config.input_size, batch_size, precision, train=mode == "train", **how)
         lines.append(f"{mode}: {log.describe_speed(row)}")

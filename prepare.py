@@ -1,12 +1,21 @@
-"""Lay out a downloaded data set as train/CLASS/ and val/CLASS/, by links.
+"""Lay out a downloaded data set as SPLIT/CLASS/FILE, with links to its images: train/, val/ and what else it has.
 
 `python prepare.py domainnet ROOT --set clipart --out DATA`: ROOT holds what clipart.zip unpacks to (clipart/CLASS/FILE)
-and the lists clipart_train.txt and clipart_test.txt; docs/paper.md says where they can be downloaded.
+and the lists clipart_train.txt and clipart_test.txt; docs/paper.md says where they can be downloaded. The other data
+sets are in docs/small_data.md.
 """
 
+import csv
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import BadZipFile
+
+import numpy as np
+from PIL import Image
 
 from util.command import REQUIRED, Parser, add_flags, run_command
 from util.config import DOMAIN_NET
@@ -21,69 +30,155 @@ SIZES = {
     "real": (120906, 52041, 345),
     "sketch": (48212, 20916, 345),
 }
+# which list becomes which folder
+LISTS = (("train", "train"), ("test", "val"))
 
-FLAGS = (
-    ("--set", DOMAIN_NET, REQUIRED, "which of the six sets"),
-    ("--out", str, REQUIRED, "folder to make, with train/ and val/"),
-)
+OUT_FLAG = ("--out", Path, REQUIRED, "folder to make, with train/ and val/")
+SET_FLAG = ("--set", DOMAIN_NET, REQUIRED, "which of the six sets")
 
-
-def read_list(path: Path, labels: dict[str, str]) -> Iterator[tuple[str, Path]]:
-    """Yield class and file of each line `SET/CLASS/FILE LABEL` of a list; `labels` collects the label of each class.
-
-    Raises InputError, with the line's number, for another format, a missing file, and a class with a second label or a
-    label with a second class.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such list; download it to {path.parent}")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        # names may hold spaces
-        name, _, label = line.rpartition(" ")
-        if name.count("/") != 2 or not label.isdecimal():
-            raise InputError(f"{path}, line {number}: {line!r} is not SET/CLASS/FILE LABEL; download the list again")
-        file = path.parent / name
-        if not file.is_file():
-            raise InputError(f"{path}, line {number}: {file} is missing; unpack the archive in {path.parent}")
-        class_name = file.parent.name
-        if labels.setdefault(class_name, label) != label or len(set(labels.values())) < len(labels):
-            raise InputError(f"{path}, line {number}: {class_name} had another label, or {label} another class, before")
-        yield class_name, file
+# what readers yield for each image: its place for errors, SPLIT/CLASS/FILE, and what is linked or written there
+Samples = Iterator[tuple[str, str, Path | Image.Image]]
 
 
-def prepare_domainnet(root: Path, name: str, out: Path) -> None:
-    """Link the images of a set's lists into `out`/train and `out`/val, and compare their numbers with the paper's."""
+@contextmanager
+def name_errors(path: Path, layout: str) -> Iterator[None]:
+    """Raise InputError, with the file's name and the `layout` it should have, for what goes wrong inside."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, LookupError, TypeError, BadZipFile) as error:
+        raise InputError(
+            f"{path}: not {layout} ({type(error).__name__}: {error}); correct it, download it again, or name another"
+        ) from None
+
+
+def read_domainnet(root: Path, name: str) -> Samples:
+    """Read the folder of an unpacked archive and its two lists, whose lines are `SET/CLASS/FILE LABEL`."""
+    # labels by folder, and folders by label
     labels = {}
-    # each image once
-    train, val = [dict.fromkeys(read_list(root / f"{name}_{split}.txt", labels)) for split in ("train", "test")]
-    # nothing is made unless all is there
-    for folder, images in ((out / "train", train), (out / "val", val)):
-        for class_name, file in images:
-            (folder / class_name).mkdir(parents=True, exist_ok=True)
-            (folder / class_name / file.name).symlink_to(file.resolve())
+    for list_name, split in LISTS:
+        path = root / f"{name}_{list_name}.txt"
+        with name_errors(path, "a list of DomainNet"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                where = f"{path}, line {number}"
+                # names may hold spaces
+                file, _, label = line.rpartition(" ")
+                folder = Path(file).parent
+                if labels.setdefault(folder, label) != label or labels.setdefault(label, folder) != folder:
+                    raise InputError(f"{where}: {folder} had another label, or {label} another class, before")
+                yield where, f"{split}/{file.partition('/')[2]}", root / file
 
-    found = len(train), len(val), len(labels)
-    counts = "{} training and {} validation images of {} classes"
-    print(f"{out}: {counts.format(*found)}")
-    if found != SIZES[name]:
-        print(f"Warning: the paper has {counts.format(*SIZES[name])}: other lists than docs/paper.md names?")
+
+def read_tiny_imagenet(root: Path) -> Samples:
+    """Read tiny-imagenet-200: train/CLASS/images/, and the flat val/images/ with val/val_annotations.txt."""
+    for file in root.glob("train/*/images/*.JPEG"):
+        yield str(file), f"train/{file.parts[-3]}/{file.name}", file
+    path = root / "val/val_annotations.txt"
+    with name_errors(path, "Tiny-ImageNet's list of file, class and box, separated by tabs"):
+        for line in path.read_text().splitlines():
+            name, class_name, *_ = line.split("\t")
+            yield str(path), f"val/{class_name}/{name}", root / "val/images" / name
+
+
+def read_chaoyang(root: Path) -> Samples:
+    """Read the folder of train.json, test.json and the images that they list."""
+    for list_name, split in LISTS:
+        path = root / f"{list_name}.json"
+        with name_errors(path, 'a JSON list of {"name": FILE, "label": CLASS}'):
+            for entry in json.loads(path.read_bytes()):
+                file = root / entry["name"]
+                yield str(path), f"{split}/{entry['label']}/{file.name}", file
+
+
+def read_medmnist(path: Path) -> Samples:
+    """Read an .npz with train_images, train_labels and so on; classes are called by their numbers."""
+    with name_errors(path, "an .npz of MedMNIST with 2D images and one label for each"), np.load(path) as arrays:
+        for split in ("train", "val", "test"):
+            images = arrays[f"{split}_images"]  # N, H, W or N, H, W, 3
+            labels = arrays[f"{split}_labels"]  # N, 1
+            if labels.size != len(images):
+                raise ValueError(
+                    f"{split}_labels is {labels.shape} for {len(images)} images; multi-label sets do not fit"
+                )
+            for i, label in enumerate(labels.flat):
+                # padded, since class folders are sorted as text
+                yield str(path), f"{split}/{label:02}/{i:06}.png", Image.fromarray(images[i])
+
+
+def read_csv(path: Path) -> Samples:
+    """Read a CSV with the columns path, from its own folder, and label; without a column split, all is for training."""
+    # spreadsheets write a byte order mark
+    with name_errors(path, "a CSV with columns path, label"), open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, restval="", skipinitialspace=True)
+        for row in rows:
+            # files of several folders may share a name
+            name = row["path"].replace("/", "_")
+            target = f"{row.get('split', 'train')}/{row['label']}/{name}"
+            yield f"{path}, line {rows.line_num}", target, path.parent / row["path"]
+
+
+def lay_out(samples: Samples, out: Path) -> None:
+    """Link or write the images to `out`/SPLIT/CLASS/FILE; `out` appears when it is complete.
+
+    Raises InputError for a missing file, a name that no folder can have, two files that would get one name, and a class
+    without training images.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # after an error it is removed
+    with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary, out.name)
+        for where, target, source in samples:
+            parts = target.split("/")
+            if len(parts) != 3 or {"", ".", ".."}.intersection(parts):
+                raise InputError(f"{where}: {target!r} is not SPLIT/CLASS/FILE: each must have a name, without / in it")
+            path = folder / target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(source, Image.Image):
+                source.save(path)
+            elif not source.is_file():
+                raise InputError(f"{where}: {source} is missing; unpack it there, or correct the list")
+            # a line may come twice; another file of that name is an error
+            elif not (path.exists() and path.samefile(source)):
+                path.symlink_to(source.resolve())
+
+        # a class without training images cannot be predicted
+        if not folder.exists():
+            raise InputError("there are no images in the lists: correct them")
+        for path in folder.glob("*/*"):
+            if not (folder / "train" / path.name).exists():
+                raise InputError(f"class {path.name} is not in train; correct its label, or the training split's name")
+        folder.rename(out)
+
+
+READERS = {
+    "domainnet": read_domainnet,
+    "tiny-imagenet": read_tiny_imagenet,
+    "chaoyang": read_chaoyang,
+    "medmnist": read_medmnist,
+    "csv": read_csv,
+}
 
 
 def run(argv: list[str]) -> None:
     parser = Parser(prog="prepare.py", description=__doc__)
-    data_sets = parser.add_subparsers(metavar="DATA_SET", required=True)
-    domainnet = data_sets.add_parser("domainnet", help="one of DomainNet's six sets")
-    domainnet.add_argument(
-        "root",
-        type=Path,
-        metavar="ROOT",
-        help="folder of the unpacked archive and the lists",
-    )
-    add_flags(domainnet, FLAGS)
+    data_sets = parser.add_subparsers(dest="data_set", required=True)
+    for name, read in READERS.items():
+        subparser = data_sets.add_parser(name, help=read.__doc__)
+        subparser.add_argument("source", type=Path)
+        add_flags(subparser, [SET_FLAG, OUT_FLAG] if name == "domainnet" else [OUT_FLAG])
     args = parser.parse_args(argv)
-    out = Path(args.out)
+    out = args.out
     if out.exists():
         raise InputError(f"--out {out}: exists already; name another folder")
-    prepare_domainnet(args.root, args.set, out)
+
+    # DomainNet's reader takes the set's name too
+    names = [args.set] if "set" in args else []
+    lay_out(READERS[args.data_set](args.source, *names), out)
+    found = tuple(len(list(out.glob(pattern))) for pattern in ("train/*/*", "val/*/*", "train/*"))
+    counts = "{} training and {} validation images of {} classes"
+    print(f"{out}: {counts.format(*found)}")
+    for name in names:
+        if found != SIZES[name]:
+            print(f"Warning: the paper has {counts.format(*SIZES[name])}: other lists than docs/paper.md names?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

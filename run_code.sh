@@ -3,6 +3,9 @@
 #
 #   digits (the default)    DHVT-T on scikit-learn's handwritten digits; nothing to download
 #   folder                  DHVT on your own train/CLASS/ and val/CLASS/, 224 px
+#   small                   DHVT on a few thousand images of your own, in the same folders: 32 px where their short sides
+#                           are up to 48 px (the median of up to 200 images), 64 px up to 112 px, both with patch size 4,
+#                           else 224 px; each image once per epoch, whole but for a shift by 4 px
 #   cifar100                DHVT on CIFAR-100, which is downloaded to DATA
 #   deit-cifar100           DeiT instead, the paper's baseline
 #   clipart infograph painting quickdraw real sketch    DHVT on one of DomainNet's sets
@@ -11,6 +14,9 @@
 #   ablation ROW            a row of the paper's ablations, on CIFAR-100; the rows are listed below
 #   digits-ablation [ROW]   a row with a small model on the digits; without ROW the ten of Tables 5 and 6, seeds 0 1 2
 #                           (30 runs), and compare.py
+#   fashion [ROW]           a model on 60 or 300 images per class of Fashion-MNIST, a tenth of them held out, on which it
+#                           chooses one of three rates; then two more seeds, and the test set once for each seed. Without
+#                           ROW all of fashion-{60,300}-{dhvt,deit,resnet,cct} in turn, and compare.py
 #   evit                    EViT-S on ImageNet-1k, tokens fused, keep rate 0.7
 #   digits-evit             a small EViT on the digits that keeps all its tokens
 #   finetune-clipart finetune-painting finetune-sketch finetune-cifar100
@@ -32,12 +38,13 @@
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")
-recipes="digits, folder, digits-evit, cifar100, deit-cifar100, imagenet, evit, clipart, infograph, painting, quickdraw, real, sketch, cifar100-224, clipart-100, painting-100, sketch-100, ablation, digits-ablation, finetune-clipart, finetune-painting, finetune-sketch, finetune-cifar100, finetune-evit and finetune-digits-evit"
+recipes="digits, folder, small, digits-evit, cifar100, deit-cifar100, imagenet, evit, clipart, infograph, painting, quickdraw, real, sketch, cifar100-224, clipart-100, painting-100, sketch-100, ablation, digits-ablation, fashion, finetune-clipart, finetune-painting, finetune-sketch, finetune-cifar100, finetune-evit and finetune-digits-evit"
 # in the paper's order: which of position embedding (ape), SOPE and DAFF; heads; norms of SOPE and DAFF, and batch size
 table5=(table5-{ape,ape-sope,ape-daff,ape-sope-daff,none,sope,daff,sope-daff})
 rows=("${table5[@]}" table6-{baseline,head-tokens,dhvt} table8-{mlp,split,split-aggregate,split-avgpool}
     table9-{dhvt,all-tokens,no-shortcut} b22-{dhvt,vit-sope}-no-affine table10-{deit-tiny-{3,4},tiny-{3,4},small-{4,6,8}}
     table11-{bn,ln}-{bn,ln}-{128,256,512})
+fashion_rows=({60,300}-{dhvt,deit,resnet,cct})
 
 stop() {
     echo "run_code.sh: error: $1" >&2
@@ -95,6 +102,46 @@ set_row() {
     esac
 }
 
+# Train a row of the recipe fashion, with flags of main.py after it.
+train_fashion() {
+    local row=$1 out=${OUT:-output/fashion/$1} model share rate best seed
+    shift
+    case ${row#*-} in
+    dhvt) model=(dhvt_tiny_cifar_patch4) ;;
+    deit) model=(deit_tiny_patch16_224 --model-kwargs patch_size=4 num_heads=4) ;;
+    resnet) model=(resnet18_cifar) ;;
+    cct) model=(cct_7_3x1_32) ;;
+    esac
+    # of 6,000 training images per class
+    [[ $row == 60-* ]] && share=0.01 || share=0.05
+    local train=(run python "$here/main.py" --model "${model[@]}" --data-set FASHION --data-path "$DATA"
+        --train-fraction "$share" --val-fraction 0.1 --input-size 32 --crop pad --opt adamw
+        --weight-decay 0.05 --batch-size 32 --unscale-lr --epochs 20 --warmup-epochs 2 --no-repeated-aug
+        --model-ema-warmup --resume auto)
+    for rate in 5e-4 1e-3 2e-3; do
+        "${train[@]}" --lr $rate --output_dir "$out/rates/$rate" "$@"
+    done
+    # the best on the hold-out, of all epochs
+    best=$(python - "$out"/rates/*/log.txt <<'END'
+import json, sys
+def best_accuracy(log):
+    return max(line.get("test_acc1", -1) for line in map(json.loads, open(log)))
+print(max(sys.argv[1:], key=best_accuracy).split("/")[-2])
+END
+    )
+    mkdir -p "$out/seeds"
+    rm -rf "$out/copy"
+    # at once, so that no half of a run is left
+    [[ -d $out/seeds/0 ]] || { cp -r "$out/rates/$best" "$out/copy" && mv "$out/copy" "$out/seeds/0"; }
+    for seed in 1 2; do
+        "${train[@]}" --lr "$best" --output_dir "$out/seeds/$seed" "$@" --seed $seed
+    done
+    for seed in 0 1 2; do
+        [[ -f $out/seeds/$seed/test/report.json ]] || run python "$here/main.py" --eval --split test \
+            --resume "$out/seeds/$seed/best_checkpoint.pth" --report "$out/seeds/$seed/test"
+    done
+}
+
 recipe=digits
 case ${1:-} in
 -h | --help)
@@ -129,6 +176,12 @@ folder)
     takes=SIZE
     flags=("${common[@]}" --model "dhvt_${size}_imagenet_patch16" --data-set FOLDER --batch-size 128
         --lr 1e-3 --epochs 300 --warmup-epochs 20)
+    ;;
+small)
+    processes=1
+    takes=SIZE
+    flags=("${common[@]}" --data-set FOLDER --batch-size 64 --lr 1e-3 --unscale-lr --epochs 100 --warmup-epochs 5
+        --no-repeated-aug --crop pad --model-ema-warmup)
     ;;
 cifar100 | deit-cifar100)
     takes="SIZE PATCH PAPER"
@@ -165,6 +218,21 @@ digits-ablation)
     shift
     flags=(--model "$model" --model-kwargs "${kwargs[@]}" embed_dim=64 depth=6 "${small_images[@]}" --epochs 10 --lr 2e-3
         --warmup-epochs 1)
+    ;;
+fashion)
+    processes=1
+    [[ -z ${SIZE:-}${PATCH:-}${PAPER:-}${SEEDS:-}${NGPU:-} ]] || stop "fashion takes DATA and OUT only: leave others out"
+    [[ -d ${DATA:-} ]] || stop "fashion needs its data: set DATA=FOLDER, to which Fashion-MNIST is downloaded"
+    if [[ ${1:-} == '' || $1 == -* ]]; then
+        out=${OUT:-output/$recipe}
+        for row in "${fashion_rows[@]}"; do
+            OUT=$out/$row run bash "${BASH_SOURCE[0]}" fashion "$row" "$@"
+        done
+        exec python "$here/compare.py" "$out"/*/seeds --x train_fraction --out "$out"
+    fi
+    [[ " ${fashion_rows[*]} " == *" $1 "* ]] || stop "fashion $1: the rows are ${fashion_rows[*]}"
+    train_fashion "$@"
+    exit
     ;;
 clipart | infograph | painting | quickdraw | real | sketch | clipart-100 | painting-100 | sketch-100 | cifar100-224)
     takes="SIZE PAPER"
@@ -234,6 +302,23 @@ if [[ $recipe != *digits* ]]; then
     [[ -n ${DATA:-} ]] || stop "$recipe needs its data: set DATA=FOLDER before the command"
     [[ -d $DATA || " ${flags[*]} " == *" CIFAR "* ]] || stop "DATA=$DATA: no such folder"
     flags+=(--data-path "$DATA")
+fi
+if [[ $recipe == small ]]; then
+    # the median short side, of images from all parts of the folder
+    side=$(PYTHONPATH=$here python -c "if True:
+        import sys
+        from statistics import median
+        from PIL import Image
+        from data.images import find_images
+        files = find_images(sys.argv[1])
+        print(round(median(min(Image.open(file).size) for file in files[:: len(files) // 200 + 1])))
+        " "$DATA" 2>/dev/null) || stop "DATA=$DATA: no images in it that can be read; they belong in train/CLASS/ and val/CLASS/"
+    pixels=224
+    ((side > 112)) || pixels=64
+    ((side > 48)) || pixels=32
+    model=dhvt_${size}_cifar_patch4
+    ((pixels < 224)) || model=dhvt_${size}_imagenet_patch16
+    flags+=(--model "$model" --input-size $pixels)
 fi
 
 ngpu=${NGPU:-}

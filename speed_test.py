@@ -22,6 +22,7 @@ import engine
 from models.build import build_model, resolve_input_size
 from util import distributed
 from util.command import (
+    IMPORT_FLAG,
     Parser,
     add_flags,
     number,
@@ -74,6 +75,7 @@ AXES = {
 }
 
 FLAGS = (
+    IMPORT_FLAG,
     ("--baseline", str, None, "model that each model is timed in turns with, to print the ratio"),
     ("--mode", ("inference", "train", "both"), "both", "forward passes, training steps, or both"),
     ("--batch-size", [positive_int], None, "default: 1, 2, 4, … up to --max-batch-size"),
@@ -146,7 +148,7 @@ def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
                         "batch_size": batch_size,
                         "precision": precision,
                         "train": mode == "train",
-                        "compiled": args.compile,
+                        "compile_mode": "default" if args.compile else None,
                     }
                     if args.baseline:
                         step = engine.make_step(model, config.input_size, **how)

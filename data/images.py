@@ -43,7 +43,8 @@ def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> dict
     """
     if not root.is_dir():
         raise InputError(
-            f"{root}: no such folder; --data-path takes the one that holds it, --train-split and --val-split its name"
+            f"{root}: no such folder; --data-path takes the one that holds it, --train-split and --val-split its name; "
+            "--val-fraction 0.1 validates on training images"
         )
     try:
         classes, found = folder.find_classes(root)

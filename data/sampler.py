@@ -1,20 +1,26 @@
-"""Which image comes when and how it is augmented: it depends on seed, epoch and position alone.
+"""Which images are for training and which are held out, and which image comes when and how it is augmented.
 
-So any number of loader workers, and a run that was resumed in the middle of an epoch, sees the same images.
+The former depends on the labels and the split's seed, the latter on seed, epoch and position alone. So any number of
+loader workers, and a run that was resumed in the middle of an epoch, sees the same images.
 """
 
+import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler, Subset
 
+from util.config import DataConfig
 from util.distributed import seed_everything
+from util.errors import InputError
 
 # augmentations of each image under --repeated-aug
 REPEATS = 3
@@ -99,3 +105,83 @@ class SeededDataset(Dataset):
         # torch.manual_seed would seed the accelerator's stream too
         seed_everything(self.seed, epoch, position, torch_seed=torch.default_generator.manual_seed)
         return self.dataset[index]
+
+
+class ImageSubset(Subset):
+    """Images of a data set, with its attributes; those without a file are named by their number there."""
+
+    def __init__(self, dataset: Dataset, indices: list[int]) -> None:
+        super().__init__(dataset, indices)
+        self.classes = dataset.classes
+        self.transform = dataset.transform
+        self.targets = [dataset.targets[i] for i in indices]
+
+    @cached_property
+    def files(self) -> list[str]:
+        files = self.dataset.files
+        return [f"image {i}" if files is None else files[i] for i in self.indices]
+
+
+def split_stratified(
+    targets: np.ndarray,
+    size: float,
+    seed: int = 0,
+    fold: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (rest, drawn), the indices of a stratified split, which depends on the arguments alone.
+
+    `size` is the share that is drawn, or the number of folds, of which `fold` is drawn.
+    """
+    # takes seconds, which only some data is worth
+    from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
+
+    if size > 1:
+        splitter = StratifiedKFold(size, shuffle=True, random_state=seed)
+    else:
+        splitter = StratifiedShuffleSplit(1, test_size=size, random_state=seed)
+    return list(splitter.split(targets, targets))[fold]
+
+
+def choose_images(dataset: Dataset, data: DataConfig, held_out: bool) -> Dataset:
+    """Return the part of a training split to train on, or the part that is held out of it, in the split's order.
+
+    Every process and every run chooses the same. Raises InputError where a class is too small to be in each part.
+    """
+    if data.train_fraction == 1 and not data.holds_out:
+        return dataset
+    if dataset.targets is None:
+        raise InputError(
+            "--train-fraction, --val-fraction and --folds need a list of labels, which databases of the published "
+            "script lack; build the database anew: python folder2lmdb.py --dir FOLDER"
+        )
+    targets = np.asarray(dataset.targets)
+    chosen = np.arange(len(targets))
+
+    # As if the data set were that small
+    if data.train_fraction < 1:
+        check_counts(targets, dataset.classes, "--train-fraction", data.train_fraction)
+        _, chosen = split_stratified(targets, data.train_fraction, data.split_seed)
+
+    # Then hold out a part of what is left
+    if data.holds_out:
+        rest = targets[chosen]
+        flag, size = ("--folds", data.folds) if data.folds else ("--val-fraction", data.val_fraction)
+        check_counts(rest, dataset.classes, flag, size)
+        train, val = split_stratified(rest, size, data.split_seed, data.fold)
+        chosen = chosen[val if held_out else train]
+    return ImageSubset(dataset, np.sort(chosen).tolist())
+
+
+def check_counts(targets: np.ndarray, classes: list[str], flag: str, size: float) -> None:
+    """Refuse to split by a share or into folds, as `split_stratified`, where that may leave a class out of a part.
+
+    Raises InputError, which names the smallest class. Classes without any images do not count.
+    """
+    # rounded, as 1 - 0.9 is less than 0.1
+    needed = size if size > 1 else math.ceil(round(1 / min(size, 1 - size), 6))
+    label, count = Counter(targets.tolist()).most_common()[-1]
+    if count < needed:
+        raise InputError(
+            f"{flag} {size:g}: class {classes[label]} has {count} training images, and needs {needed} with this "
+            f"value; change {flag}, or add images to the class or leave it out"
+        )

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import transforms
 
 from data.images import Source, to_tensor
@@ -25,7 +25,12 @@ from util.precision import Precision
 ON_DEVICE = (transforms.ToTensor, transforms.Normalize, RandomErasing)
 
 # steps that work on uint8 tensors; the random numbers that they draw are the same for tensors and Pillow images
-ON_TENSOR = (RandomResizedCropAndInterpolation, transforms.RandomCrop, transforms.RandomHorizontalFlip)
+ON_TENSOR = (
+    RandomResizedCropAndInterpolation,
+    transforms.RandomCrop,
+    transforms.RandomHorizontalFlip,
+    transforms.RandomVerticalFlip,
+)
 
 
 def build_transform(
@@ -38,34 +43,36 @@ def build_transform(
 ) -> transforms.Compose:
     """Return DeiT's transform of a PIL image to a normalized [3, H, W] tensor of `config.input_size`.
 
-    `native_size` is for images that have that size already (CIFAR, digits): a random crop with padding 4 replaces the
-    random resized crop, and evaluation neither resizes nor crops. Raises InputError for an unknown augmentation policy.
+    `native_size` is for images that have that size already (CIFAR, digits), which evaluation neither resizes nor crops.
+    `flip` is whether images are mirrored where `augment` does not say it. Raises InputError for an unknown augmentation
+    policy.
     """
-    augment = augment or AugmentConfig()
-    # timm resizes to a number and to a pair in different ways
-    height, width = config.input_size
-    size = height if height == width else config.input_size
-
     # evaluation: resize to size / crop_ratio, center crop
-    evaluation = create_transform(
-        size,
-        interpolation="bicubic",
-        mean=config.mean,
-        std=config.std,
-        crop_pct=1.0 if train else config.crop_ratio,
-    )
     if not train:
+        evaluation = create_transform(
+            timm_size(config),
+            interpolation=config.interpolation,
+            mean=config.mean,
+            std=config.std,
+            crop_pct=config.crop_ratio,
+            crop_mode=config.crop_mode,
+        )
         if native_size:
             evaluation.transforms = [t for t in evaluation.transforms if isinstance(t, ON_DEVICE)]
         return evaluation
 
-    # training: random resized crop, flip, operations of the policy or of 3-Augment, random erasing
+    # training: random resized crop, flips, operations of the policy or of 3-Augment, random erasing
+    augment = augment or AugmentConfig()
     policy = None if augment.aa.lower() in ("", "none") else augment.aa
+    default_hflip = 0.5 if flip else 0.0
     try:
         transform = create_transform(
-            size,
+            timm_size(config),
             is_training=True,
-            hflip=0.5 if flip else 0.0,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=default_hflip if augment.hflip is None else augment.hflip,
+            vflip=augment.vflip,
             # None leaves the step out
             color_jitter=augment.color_jitter or None,
             auto_augment="3a" if augment.three_augment else policy,
@@ -79,19 +86,37 @@ def build_transform(
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"--aa {policy}: not a policy of timm ({error!r}), for example rand-m9-mstd0.5-inc1") from None
 
-    # what takes the place of the random resized crop, wherever timm puts that
+    # another crop takes the place of the random resized crop, wherever timm puts that
+    crop = build_crop(config, augment, native_size)
+    if crop:
+        steps = transform.transforms
+        at = [isinstance(step, RandomResizedCropAndInterpolation) for step in steps].index(True)
+        steps[at : at + 1] = crop
+    return transform
+
+
+def timm_size(config: ModelConfig) -> int | tuple[int, int]:
+    """Return the input size as timm takes it: it resizes to a number and to a pair in different ways."""
+    height, width = config.input_size
+    return height if height == width else config.input_size
+
+
+def build_crop(config: ModelConfig, augment: AugmentConfig, native_size: bool) -> list[nn.Module]:
+    """Return the steps that crop training images instead of the random resized crop, [] to keep that."""
+    size = config.input_size
+    # to the short side, in proportion
+    resize = create_transform(timm_size(config), interpolation="bicubic", crop_pct=1.0).transforms[0]
     if augment.three_augment and augment.src:
         # the simple random crop of DeiT III (arXiv:2204.07118)
-        resize = evaluation.transforms[0]
-        crop = [resize, transforms.RandomCrop(config.input_size, padding=4, padding_mode="reflect")]
-    elif native_size:
-        crop = [transforms.RandomCrop(config.input_size, padding=4)]
-    else:
-        return transform
-    steps = transform.transforms
-    at = [isinstance(step, RandomResizedCropAndInterpolation) for step in steps].index(True)
-    steps[at : at + 1] = crop
-    return transform
+        return [resize, transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
+    if augment.crop == "squash":
+        return [transforms.Resize(size, transforms.InterpolationMode.BICUBIC)]
+    # scale and ratio ask for the random resized crop
+    default = "pad" if native_size and not (augment.scale or augment.ratio) else "rrc"
+    if (augment.crop or default) == "rrc":
+        return []
+    crop = transforms.RandomCrop(size, padding=4)
+    return [crop] if native_size else [resize, crop]
 
 
 class FastTransform:

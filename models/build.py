@@ -2,14 +2,17 @@
 
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import Normalize
 
+from util import distributed
 from util.command import parse_block_numbers
 from util.config import DataConfig, ModelConfig, describe_size, find_cfg, is_native_size, resolve_input_size
 from util.distributed import print0
@@ -31,13 +34,15 @@ EVIT_KWARGS = ("base_keep_rate", "fuse_token", "drop_loc")
 
 @dataclass
 class TrainedModel:
-    """A model in eval mode, with what its file says: classes by index, and the data set it was trained on."""
+    """A model in eval mode, with what its file says: classes by index, the data set, the run's flags and its epoch."""
 
     model: nn.Module
     config: ModelConfig
     classes: list[str] | None
     data: DataConfig | None
     source: str
+    flags: dict[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
 
 
 def build_model(config: ModelConfig, flag: str = "--model", grad_checkpointing: bool = False) -> nn.Module:
@@ -48,20 +53,30 @@ def build_model(config: ModelConfig, flag: str = "--model", grad_checkpointing: 
         kwargs["num_classes"] = config.num_classes
     if cfg.fixed_input_size:
         kwargs["img_size"] = config.input_size
+    # weights are downloaded once
+    in_turn = distributed.primary_first() if kwargs.get("pretrained") else nullcontext()
     try:
-        try:
-            model = timm.create_model(config.name, **kwargs)
-        except TypeError:
-            # not every model has stochastic depth
-            if kwargs.pop("drop_path_rate", None) != DEFAULT_DROP_PATH:
-                raise
-            model = timm.create_model(config.name, **kwargs)
+        with in_turn:
+            try:
+                model = timm.create_model(config.name, **kwargs)
+            except TypeError:
+                # not every model has stochastic depth
+                if kwargs.pop("drop_path_rate", None) != DEFAULT_DROP_PATH:
+                    raise
+                model = timm.create_model(config.name, **kwargs)
+        if not hasattr(model, "pretrained_cfg"):
+            raise ValueError("it has no pretrained_cfg; build it with timm's build_model_with_cfg")
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or config.input_size
         if min(grid) < 1:
             raise ValueError("smaller than a patch; give a larger --input-size")
         if grad_checkpointing:
             model.set_grad_checkpointing()
     except Exception as error:  # of any kind: models raise what they like on wrong arguments
+        if kwargs.get("pretrained"):
+            raise InputError(
+                f"--pretrained: timm cannot load the weights of {config.name} ({first_line(error)}); "
+                "check the network and --model-kwargs, or download weights and give --finetune FILE"
+            ) from None
         raise InputError(
             f"{flag} {config.name} at {describe_size(config.input_size)} pixels with {config.kwargs}: "
             f"{first_line(error)}; change --input-size, --model-kwargs, --drop, --drop-path or --grad-checkpointing"
@@ -125,7 +140,9 @@ def load_trained(
         remedy = remedy or f"it is of --model {str(trained['name'])[:80]}"
     load_weights(model, weights, path, remedy)
     print_differences(trained, config, path)
-    return TrainedModel(model.eval(), config, classes, data, str(path))
+    # within an epoch it has no accuracy
+    epoch = None if saved.get("position") else saved.get("epoch")
+    return TrainedModel(model.eval(), config, classes, data, str(path), saved_flags(saved), epoch)
 
 
 def print_differences(trained: Mapping[str, Any], config: ModelConfig, path: str | Path) -> None:
@@ -156,6 +173,8 @@ def read_model_fields(saved: Mapping[str, Any], path: str | Path) -> dict[str, A
                 "input_size": cfg["input_size"][-2:],
                 "kwargs": hub.get("model_args") or {},
                 "crop_ratio": cfg["crop_pct"],
+                "crop_mode": cfg.get("crop_mode", ModelConfig.crop_mode),
+                "interpolation": cfg.get("interpolation", ModelConfig.interpolation),
                 "mean": cfg["mean"],
                 "std": cfg["std"],
             }
@@ -221,9 +240,8 @@ def read_data_config(saved: Mapping[str, Any]) -> DataConfig | None:
     }
     if not values["name"]:
         return None
-    # some came with later versions
-    fields = ("name", "root", "lmdb", "inat_category", "train_split", "val_split")
-    return DataConfig(**{name: values[name] for name in fields if name in values})
+    # some came with later versions, and some may with versions to come
+    return DataConfig(**{name: value for name, value in values.items() if hasattr(DataConfig, name)})
 
 
 def get_classes(saved: Mapping[str, Any]) -> list[str] | None:
@@ -245,17 +263,24 @@ def load_teacher(path: str, student: ModelConfig, default_name: str, **overrides
     stream stays as it is: the student starts from the weights that it would have without a teacher.
     """
     with torch.random.fork_rng(devices=[]):
-        return load_trained(
+        trained = load_trained(
             path,
             default_name=default_name,
             remedy="give the --teacher-model it is of",
             input_size=student.input_size,
             **overrides,
         )
+    # it is called with the student's images
+    if (*trained.config.mean, *trained.config.std) != (*student.mean, *student.std):
+        # x * s1 + m1 = pixels = y * s2 + m2
+        mean, std = (torch.tensor([getattr(c, name) for c in (student, trained.config)]) for name in ("mean", "std"))
+        renormalize = Normalize((mean[1] - mean[0]) / std[0], std[1] / std[0])
+        trained.model.register_forward_pre_hook(lambda _, inputs: renormalize(inputs[0]))
+    return trained
 
 
-def check_teacher(teacher: TrainedModel, student: nn.Module, classes: Sequence[str]) -> None:
-    """Refuse a teacher of other classes than the student's, and a student without a second head. Raises InputError."""
+def check_teacher(teacher: TrainedModel, student: nn.Module, classes: Sequence[str], two_heads: bool) -> None:
+    """Refuse a teacher of other classes than the student's, and a student that lacks `two_heads`. Raises InputError."""
     # by name, and by number where a file does not hold the names
     check_classes(f"--teacher-path {teacher.source}", teacher.classes, classes)
     if teacher.model.num_classes != student.num_classes:
@@ -263,9 +288,12 @@ def check_teacher(teacher: TrainedModel, student: nn.Module, classes: Sequence[s
             f"--teacher-path {teacher.source}: it has {teacher.model.num_classes} classes and the student "
             f"{student.num_classes}; give one that was trained on these classes"
         )
-    if not hasattr(student, "set_distilled_training"):
+    if two_heads and not hasattr(student, "set_distilled_training"):
         name = student.pretrained_cfg["architecture"]
-        raise InputError(f"--model {name} has no distillation head; deit_tiny_distilled_patch16_224 has, for example")
+        raise InputError(
+            f"--model {name} has no distillation head; deit_tiny_distilled_patch16_224 has, for example, and --kd "
+            "needs none"
+        )
 
 
 def check_classes(source: str, saved: Sequence[str] | None, classes: Sequence[str]) -> None:

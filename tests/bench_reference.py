@@ -173,7 +173,7 @@ def compare(name: str, mode: str, args: argparse.Namespace, device: torch.device
             batch_size=batch_size,
             precision=precision,
             train=train,
-            compiled=compiled,
+            compile_mode="default" if compiled else None,
         )
         for label, (model, precision, compiled) in ways.items()
     }
@@ -219,7 +219,7 @@ def compare_attention(args: argparse.Namespace, device: torch.device) -> Iterato
     for dtype, (size, batch_size), name, mode in product(dtypes, sizes.items(), names, args.mode):
         model = timm.create_model(name, img_size=size)
         batch_size = args.batch_size or batch_size
-        how = {"batch_size": batch_size, "train": mode == "train", "compiled": False}
+        how = {"batch_size": batch_size, "train": mode == "train", "compile_mode": None}
         fused, plain = (
             engine.make_step(model, (size, size), precision=Fused(device, dtype, fused_attn=fused), **how)
             for fused in (True, False)

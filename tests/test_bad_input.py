@@ -25,13 +25,34 @@ TEACH = (
 
 # flags that contradict themselves or each other: what the line says
 COMMAND_LINES = {
-    "--data-set CARS": "--data-set: invalid choice: 'CARS' (choose from",
+    "--data-set FOLDERS": "--data-set: FOLDERS: no such data set; did you mean FOLDER?",
+    "--data-set CIFAR100": "--data-set: CIFAR100: no such data set; did you mean CIFAR?",
+    "--data-set WORDS": "--data-set: WORDS: no such data set; choose from DIGITS, FOLDER",
     "--amp int8": "--amp: invalid choice: 'int8' (choose from",
     "--model-kwargs depth": "--model-kwargs takes KEY=VALUE, not 'depth'",
     "--model-kwargs img_size=64": "--model-kwargs img_size=64: use --input-size",
     "--input-size 32 32 32": "--input-size 32 32 32 must be one number, or height and width",
+    "--model-kwargs pretrained=True": "--model-kwargs pretrained=True: use --pretrained",
+    "--opt-kwargs amsgrad": "--opt-kwargs takes KEY=VALUE, not 'amsgrad'",
+    "--torchcompile-mode reduce-overhead": "--torchcompile-mode is for --compile: add it",
+    "--import nowhere.py": "--import nowhere.py: FileNotFoundError: ",
+    "--config nowhere.yaml": "--config nowhere.yaml: unreadable (",
+    "--eval": "--eval needs a checkpoint: add --resume FILE, or --pretrained",
     "--opt-betas 0.9": "--opt-betas 0.9: --opt adamw takes 2",
     "--cutmix-minmax 0.5": "--cutmix-minmax 0.5: give a minimum and a larger maximum",
+    "--mean 0.5 0.5": "--mean: expected 3 arguments",
+    "--mean 125 123 114": "--mean: 125 must be from 0 to 1",
+    "--std 0 0 0": "--std: 0 must be above 0",
+    "--scale 0.9 0.5": "--scale 0.9 0.5: give the minimum first",
+    "--scale 0.5 1.5": "--scale: 1.5 must be above 0 and at most 1",
+    "--ratio 1.3 0.8": "--ratio 1.3 0.8: give the minimum first",
+    "--hflip 2": "--hflip: 2 must be from 0 to 1",
+    "--crop center": "--crop: invalid choice: 'center' (choose from",
+    "--ThreeAugment --src --crop rrc": "--src and --crop: give one crop",
+    "--crop squash --ratio 0.9 1.1": "--crop and --ratio: give one crop; --scale and --ratio are of --crop rrc",
+    "--mixup 0 --cutmix 0 --mixup-off-epoch 3": "--mixup-off-epoch 3: mixup and cutmix are off; leave it out",
+    "--no-model-ema --model-ema-warmup": "--model-ema-warmup is for the EMA, which --no-model-ema leaves out",
+    "--class-weights rare": "--class-weights: invalid choice: 'rare' (choose from",
     "--freeze=-1": "--freeze -1: give head, or the number of blocks",
     f"{EVIT} --drop_loc 3,x": "--drop_loc: 3,x must be numbers of blocks, for example 3,6,9",
     "--visualize_attention": "--visualize_attention needs a checkpoint: add --resume FILE",
@@ -41,12 +62,20 @@ COMMAND_LINES = {
     "--npz": "--npz is for --visualize KIND",
     "--eval --resume x --image-dir y": "--image-dir is for --visualize KIND",
     "--report x": "--report is for --eval",
+    "--split test": "--split is for --eval and --visualize",
+    "--folds 1": "--folds: 1 must be 0 or at least 2",
+    "--val-fraction 1": "--val-fraction: 1 must be at least 0 and below 1",
+    "--train-fraction 0": "--train-fraction: 0 must be above 0 and at most 1",
     "--use-ema": "--use-ema is for --eval, --finetune and --visualize",
     "--resume auto": "--resume auto looks into --output_dir: give one",
     "--compile --grad-checkpointing": "--compile and --grad-checkpointing: give one",
     "--batch-size 7": "--batch-size 7 must be even",
     "--bce-loss": "add --smoothing 0",
     "--distillation-type soft": "--distillation-type soft needs --teacher-path FILE",
+    "--kd": "--kd needs --teacher-path FILE",
+    f"{TEACH} --kd": "--kd and --distillation-type hard: give one",
+    "--log-wandb project": "--log-wandb writes to --output_dir: give one",
+    "--save-images": "--save-images writes to --output_dir: give one",
     f"{TEACH} --no-train-mode": "--no-train-mode averages the two heads",
     "--start_epoch 5": "--start_epoch 5 must be below --epochs 1",
 }
@@ -97,9 +126,14 @@ def truncate(path: Path | str) -> None:
     Path(path).write_bytes(data[: int(0.6 * len(data))])
 
 
-def write_text(path: Path | str) -> None:
+def write_text(path: Path | str, text: str = "{}") -> None:
     Path(path).parent.mkdir(exist_ok=True)
-    Path(path).write_text("{}")
+    Path(path).write_text(text)
+
+
+def write_flags(text: str) -> Callable[[], None]:
+    """Return a preparation that writes a file of flags."""
+    return lambda: write_text("flags.yaml", text)
 
 
 def truncate_photographs() -> None:
@@ -154,6 +188,10 @@ def write_pet_folders() -> None:
         Path("data/oxford-iiit-pet", name).mkdir(parents=True)
 
 
+def copy_published() -> None:
+    shutil.copy(Path(__file__).parent / "golden" / "legacy_digits.lmdb", "data/train.lmdb")
+
+
 def refuse(*args: object, **kwargs: object) -> None:
     raise URLError("no network")
 
@@ -183,6 +221,24 @@ ROWS = {
         "--model pit_ti_224 --model-kwargs --input-size 64 --grad-checkpointing", "pit", "--grad-checkpointing"
     ),
     "optimizer": Row("--opt adamx", "--opt adamx", "list_optimizers"),
+    "optimizer's argument": Row("--opt-kwargs amsgrade=true", "'amsgrade'", "--opt-kwargs"),
+    "optimizer's argument with a flag": Row("--opt-kwargs eps=1", "'eps'", "change --opt-kwargs"),
+    "optimizer's argument out of range": Row("--opt adamp --opt-kwargs fused=3", "'fused'", "change --opt-kwargs"),
+    "no weights of DHVT": Row("--pretrained", "dhvt_tiny_cifar_patch4", "train it, or give --finetune FILE"),
+    "two kinds of weights": Row("--pretrained --finetune x", "--pretrained and --finetune", "give one"),
+    "not Python": Row(
+        "--import own.py", "own.py: SyntaxError", "correct the file", lambda: write_text("own.py", "def")
+    ),
+    # a file of flags
+    "unknown key": Row("-c flags.yaml", "flags.yaml: --batchsize", "--batch-size?", write_flags("batchsize: 8")),
+    "key without a value": Row("-c flags.yaml", "flags.yaml: --wdecay", "--help", write_flags("wdecay:")),
+    "broken": Row("-c flags.yaml", "line 1, column 6", "YAML or JSON", write_flags("lr: a: b")),
+    "no pairs": Row("-c flags.yaml", "flags.yaml: must hold", "FLAG: VALUE", write_flags("- lr")),
+    "out of range": Row("-c flags.yaml", "flags.yaml: --epochs: 0", "at least 1", write_flags("epochs: 0")),
+    "no boolean": Row("-c flags.yaml", "--compile: 'no'", "true or false", write_flags("compile: 'no'")),
+    "one number of two": Row("-c flags.yaml", "flags.yaml: --scale", "expected 2", write_flags("scale: 0.5")),
+    "no choice": Row("-c flags.yaml", "flags.yaml: --crop", "choose from", write_flags("crop: center")),
+    "file of a file": Row("-c flags.yaml", "flags.yaml: --config", "cannot name another", write_flags("config: x")),
     "policy": Row("--aa rand-x9", "--aa rand-x9", "rand-m9-mstd0.5-inc1"),
     # pictures
     "no such images": Row(f"{ATTENTION} --image-dir nowhere", "nowhere: no such file", ".jpg", out=""),
@@ -193,8 +249,8 @@ ROWS = {
     "out below a file": Row("--output_dir data/note/out", "data/note", "", lambda: write_text("data/note")),
     "out holds a run": Row("--output_dir run", "--output_dir run", "--resume auto"),
     "nothing to evaluate": Row("--eval --resume auto", "checkpoint in out", "name another folder"),
-    "report is a file": Row(f"{EVAL} --report data/note", "data/note", "folder", lambda: write_text("data/note")),
-    "report below a file": Row(f"{EVAL} --report data/note/x", "data/note", "folder", lambda: write_text("data/note")),
+    "report is a file": Row(f"{EVAL} --report data/note", "data/note", "another", lambda: write_text("data/note")),
+    "report below a file": Row(f"{EVAL} --report data/note/x", "data/note", "another", lambda: write_text("data/note")),
     # class folders
     "no data path": Row("--data-set FOLDER", "--data-set FOLDER", "--data-path FOLDER"),
     "no data": Row(f"{FOLDER} --data-path nowhere", "nowhere/train", "--data-path"),
@@ -214,6 +270,28 @@ ROWS = {
     "no database of a split": Row(f"{FOLDER} --use-lmdb --train-split part", "data/part.lmdb", ""),
     "splits of their own": Row(f"{NAMED} SVHN --train-split training", "--data-set SVHN", "leave them out"),
     "splits of a checkpoint's digits": Row(f"{EVAL} --val-split test", "--data-set DIGITS", "leave them out"),
+    # parts of the training split
+    "fold out of range": Row("--folds 3 --fold 3", "--fold 3", "below --folds, which is 3"),
+    "fold without folds": Row("--fold 0", "--fold 0", "--folds, which is 0"),
+    "two hold-outs": Row("--val-fraction 0.1 --folds 5", "--val-fraction and --folds", "one of the two"),
+    "class below the folds": Row(f"{FOLDER} --folds 5", "--folds 5: class bee has 4 training images", "needs 5"),
+    "class below the hold-out": Row(f"{FOLDER} --val-fraction 0.2", "--val-fraction 0.2: class bee", "needs 5"),
+    "class below the fraction": Row(f"{FOLDER} --train-fraction 0.1", "--train-fraction 0.1: class bee", "needs 10"),
+    "class below both": Row(f"{FOLDER} --train-fraction 0.5 --folds 3", "class bee has 2", "needs 3"),
+    "hold-out without labels": Row(
+        f"{FOLDER} --use-lmdb --val-fraction 0.1", "--val-fraction", "folder2lmdb.py", copy_published
+    ),
+    "resumed with a hold-out": Row(f"{RESUME} --val-fraction 0.1", "--val-fraction 0.1", "trained with 0,"),
+    "resumed on another fold": Row(
+        f"{RESUME} --folds 3 --fold 1",
+        "--fold 1",
+        "trained with 2,",
+        change(lambda s: s["data"].update(folds=3, fold=2)),
+    ),
+    "resumed without the fraction": Row(
+        RESUME, "--train-fraction 1", "trained with 0.5,", change(lambda s: s["data"].update(train_fraction=0.5))
+    ),
+    "evaluated on training images": Row(f"{EVAL} --folds 5 --fold 1", "--folds 5", "trained with 0,"),
     # data sets of torchvision, without a network
     "no path for MNIST": Row("--data-set MNIST", "--data-set MNIST", "--data-path FOLDER"),
     "no SVHN": Row(f"{NAMED} SVHN", "data: missing or damaged", "/{train,test}_32x32.mat there"),
@@ -262,10 +340,13 @@ ROWS = {
     "freeze no blocks": Row("--model resnet18 --model-kwargs --input-size 32 --freeze 1", "no blocks", "--freeze head"),
     # the teacher
     "one head": Row(
-        f"{TEACH} --model dhvt_tiny_cifar_patch4 --model-kwargs", "dhvt_tiny", "_distilled_", save_teacher()
+        f"{TEACH} --model dhvt_tiny_cifar_patch4 --model-kwargs", "dhvt_tiny", "--kd needs none", save_teacher()
     ),
     "teacher model": Row(f"{TEACH} --teacher-model test_resne", "test_resne:", "test_resnet", save_teacher()),
     "another teacher": Row(f"{TEACH} --teacher-model resnet10t", "does not fit", "--teacher-model", save_teacher()),
+    "classes of a teacher of logits": Row(
+        f"{TEACH} --distillation-type none --kd", "7 classes", "these classes", save_teacher(7)
+    ),
     "teacher's classes": Row(TEACH, "7 classes", "these classes", save_teacher(7)),
     "teacher's names": Row(TEACH, "class 9 is ten", "--data-path", save_teacher(classes=[*"012345678", "ten"])),
 }

@@ -79,7 +79,16 @@ def test_seeds_are_one_line_with_mean_and_deviation_and_other_flags_are_lines(wr
             if seed == 1
             else {"embed_dim": 32, "num_heads": 2, "depth": 2}
         )
-        write(f"deep/seed{seed}", {}, accuracies, ema, seed=seed, model_kwargs=kwargs, data_path=f"/scratch/{seed}")
+        write(
+            f"deep/seed{seed}",
+            {},
+            accuracies,
+            ema,
+            seed=seed,
+            fold=seed,
+            model_kwargs=kwargs,
+            data_path=f"/scratch/{seed}",
+        )
     other = write("other", {"depth": 1, "embed_dim": 16}, [40.0], [41.0], lr=0.01)
     out = tmp_path / "out" / "here"
     assert compare.main([str(tmp_path / "deep"), str(tmp_path / "deep/seed1"), str(other), "--out", str(out)]) == 0
@@ -127,7 +136,7 @@ def test_runs_of_one_model_are_named_by_it_and_models_are_told_apart(write, caps
     assert compare.main([str(small), str(deit), str(gone)]) == 0
     lines, _ = table(capsys.readouterr().out)
     assert list(lines) == ["dhvt_tiny_cifar_patch4", "deit_tiny_patch16_224 patch_size=16", "no_such_model"]
-    assert lines["no_such_model"]["GMACs"] == "nan"
+    assert lines["no_such_model"]["GMACs"] == "-"
 
 
 def test_a_run_without_results_is_a_line_that_says_so(write, tmp_path, capsys):
@@ -155,3 +164,33 @@ def test_evits_best_is_at_its_lowest_keep_rate(write, capsys):
     assert compare.main([str(folder)]) == 0
     (row,) = table(capsys.readouterr().out)[0].values()
     assert (row["best top-1"], row["best EMA"]) == ("60.00", "65.00")
+
+
+def test_accuracy_by_a_flag_is_that_on_the_test_set_where_all_runs_have_a_report(write, tmp_path, monkeypatch):
+    drawn = []
+    errorbar = Axes.errorbar
+
+    def record(axes, x, y, yerr, label, **kwargs):
+        drawn.append((label, x, y, yerr))
+        return errorbar(axes, x, y, yerr, label=label, **kwargs)
+
+    monkeypatch.setattr(Axes, "errorbar", record)
+    # two seeds with a fraction of the images and one with all of them
+    runs = [write(f"small{seed}", {"depth": 1}, [50.0], [1.0], seed=seed, train_fraction=0.5) for seed in (0, 1)]
+    runs.append(write("all", {"depth": 1}, [60.0], [1.0], train_fraction=1.0, lr=0.01))
+    runs.append(write("deit", {"depth": 1}, [70.0], [1.0], model="deit_tiny_patch16_224", train_fraction=0.5))
+    words = [*map(str, runs), "--x", "train-fraction", "--out", str(tmp_path / "out")]
+    assert compare.main(words) == 0
+    ours = ("dhvt_tiny_cifar_patch4", (0.5, 1.0), (50.0, 60.0), (0.0, 0.0))
+    assert drawn == [ours, ("deit_tiny_patch16_224", (0.5,), (70.0,), (0.0,))]
+
+    drawn.clear()
+    for folder, accuracy in zip(runs, (0.25, 0.75, 0.5, 0.125), strict=True):
+        (folder / "test").mkdir()
+        (folder / "test/report.json").write_text(json.dumps({"accuracy": accuracy}))
+    assert compare.main(words) == 0
+    (_, _, means, deviations), (_, _, (deit,), _) = drawn
+    assert means == (50.0, 50.0) and deit == 12.5
+    assert deviations == (pytest.approx(statistics.stdev([25.0, 75.0])), 0.0)
+
+    assert compare.main([*words[:-4], "--x", "depht", "--out", str(tmp_path)]) == 2

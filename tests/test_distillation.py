@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from conftest import SMALL
 from test_resume import differences
 from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.task.distillation import DistillationTeacher, LogitDistillationTask
 from torch import nn
 
 import engine
@@ -163,3 +165,54 @@ def test_a_teacher_of_our_own_needs_no_name(tiny_run):
     student = ModelConfig("deit_tiny_distilled_patch16_224", input_size=(32, 32))
     teacher = load_teacher(str(tiny_run / "checkpoint.pth"), student, "regnety_160")
     assert teacher.config.name == "dhvt_tiny_cifar_patch4" and teacher.classes == [str(d) for d in range(10)]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("alpha", "tau"), [(0.5, 1.0), (0.7, 4.0)])
+def test_logit_distillation_is_timms(mixed, alpha, tau):
+    """Loss and gradients, with mixup and without, against timm's task in float64."""
+    student, teacher = build_teacher(), timm.create_model("test_convnext", num_classes=10)
+    images, targets = torch.randn(4, 3, 32, 32), LABELS
+    base = nn.CrossEntropyLoss()
+    if mixed:
+        images, targets = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=10)(images, targets)
+        base = SoftTargetCrossEntropy()
+    student, teacher, images = student.double().eval(), teacher.double(), images.double()
+    targets = targets.double() if mixed else targets
+    task = LogitDistillationTask(
+        student, teacher, base, task_loss_weight=1 - alpha, temperature=tau, dtype=torch.float64, verbose=False
+    )
+    expected = task(images, targets)["loss"]
+    grads = torch.autograd.grad(expected, list(student.parameters()))
+    loss = DistillationLoss(base, teacher, "kd", alpha, tau)(images, student(images), targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for grad, other in zip(torch.autograd.grad(loss, list(student.parameters())), grads, strict=True):
+        assert torch.allclose(grad, other, rtol=1e-4, atol=1e-7)
+
+
+def test_a_teacher_gets_images_normalized_as_it_was_trained(tiny_run):
+    """timm's teacher as the reference: it normalizes the student's images anew."""
+    student = ModelConfig("resnet18_cifar", input_size=(32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    file = str(tiny_run / "checkpoint.pth")
+    images = torch.randn(4, 3, 32, 32)
+    plain = DistillationTeacher(load_teacher(file, ModelConfig(student.name, input_size=(32, 32)), "").model)
+    stats = [torch.tensor(values).view(1, 3, 1, 1) for values in (student.mean, student.std)]
+    expected = plain(plain.normalize_input(images, *stats))
+    assert torch.allclose(load_teacher(file, student, "").model(images), expected, atol=1e-6)
+    assert not torch.allclose(plain(images), expected, atol=1e-3)
+
+
+def test_a_cnn_learns_from_a_dhvt_and_resumes(tiny_run, tiny_flags, tmp_path):
+    small = "--model-kwargs layers=(1,1,1,1) channels=(8,8,8,8) --epochs 2 --unscale-lr --train-fraction 0.2".split()
+    plain = [*tiny_flags, "--model", "resnet18_cifar", "--model-kwargs", *small]  # not the tiny ones
+    words = [*plain, "--kd", "--teacher-path", str(tiny_run / "checkpoint.pth"), "--distillation-tau", "2"]
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert main.main([*words, "--output_dir", str(once)]) == 0
+    assert main.main([*words, "--output_dir", str(twice), "--resume", str(once / "checkpoint_0000.pth")]) == 0
+    saved, resumed = torch.load(once / "checkpoint.pth"), torch.load(twice / "checkpoint.pth")
+    assert resumed["epoch"] == 1 and differences(saved["model"], resumed["model"]) == []
+    # alpha 0 leaves the labels alone
+    assert main.main([*plain, "--output_dir", str(tmp_path / "plain")]) == 0
+    assert main.main([*words, "--distillation-alpha", "0", "--output_dir", str(tmp_path / "zero")]) == 0
+    alone, zero = (torch.load(tmp_path / name / "checkpoint.pth")["model"] for name in ("plain", "zero"))
+    assert differences(alone, zero) == [] and differences(alone, saved["model"]) != []

@@ -93,7 +93,7 @@ def test_count_accuracy_and_loss_are_the_same_for_one_two_and_three_processes(ru
         for ranks in (1, 2, 3):
             result = runner([*flags, "--data-path", str(root)], tmp_path, ranks)
             assert result["status"] == [0] * ranks, result["err"]
-            assert f"on the {count * len(classes)} test images" in result["out"][0]
+            assert f"on {count * len(classes)} images" in result["out"][0]
             printed.append(accuracies(result["out"][0]))
         assert len(printed[0]) == 1 and printed[0] == printed[1] == printed[2]
 

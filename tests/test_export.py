@@ -300,7 +300,7 @@ def test_the_table_has_what_the_json_has_and_a_line_for_an_unreadable_file(tiny_
 BAD = {
     "no such image": (["nowhere.png"], "nowhere.png: no such file"),
     "no images": (["empty"], "no images in it (.jpg"),
-    "no exported folder": (["a.png", "--checkpoint", "empty"], "empty: no such checkpoint"),
+    "no exported folder": (["a.png", "--checkpoint", "empty"], "empty: not a file"),
     "weights alone": (["a.png", "--checkpoint", "bare.pth"], "does not say which model it is of; add --model NAME"),
     "other classes": (["a.png", "--nb-classes", "7"], "--nb-classes"),
 }

@@ -167,6 +167,7 @@ def test_macs_are_the_published_ones(name, gmacs):
     assert engine.count_macs(timm.create_model(name), (224, 224)) == pytest.approx(gmacs, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_comparison_with_the_reference_runs(tmp_path, capsys):
     words = f"--model {TINY} --batch-size 1 --pairs 2 --device cpu --bf16 --json {tmp_path / 'b.json'}"
     assert bench_reference(words.split()) == 0

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import timm
 import torch
+import wandb
 from conftest import SMALL
 from PIL import Image
+from timm.models import _builder
 from torch import nn
 
 import datasets
@@ -30,13 +33,16 @@ EVIT = (
     "--model deit_tiny_patch16_shrink_base --model-kwargs patch_size=8 embed_dim=32 depth=2 num_heads=2 "
     "--input-size 32 --drop_loc 1"
 )
+TEACHER = "--teacher-model test_resnet --teacher-path teacher.pth"
 STUDENT = (
     "--model deit_tiny_distilled_patch16_224 --model-kwargs patch_size=8 embed_dim=32 depth=1 num_heads=2 "
-    "--input-size 32 --distillation-type hard --teacher-model test_resnet --teacher-path teacher.pth"
+    f"--input-size 32 --distillation-type hard {TEACHER}"
 )
 EVAL = "--eval --resume run/checkpoint.pth"
 DEEPER = "--model-kwargs depth=2"
 STEP = "--sched step --unscale-lr"
+COMPILE = "--compile --no-model-ema"
+NET = "test_resnet"
 PICTURES = "--visualize_attention --resume run/checkpoint.pth"
 
 
@@ -51,9 +57,11 @@ class Recorder:
     def __init__(self) -> None:
         self.epochs: list[int] = []
         self.rates: list[float] = []
+        self.mixed: list[bool] = []
         self.evaluated: list[nn.Module] = []
         self.benchmarked: list[int] = []
         self.compiled: list[nn.Module] = []
+        self.compile_modes: list[str] = []
         self.kept: list[int] = []
         self.pictures: tuple[str, list[str]] = ("", [])
         self.picture_options: dict = {}
@@ -65,6 +73,7 @@ class Recorder:
         return blank_images()
 
     def build_val_set(self, data, config, classes=None) -> ImageArray:
+        self.val_data = data
         self.val_config = config
         return blank_images()
 
@@ -78,6 +87,7 @@ class Recorder:
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.matmul = torch.get_float32_matmul_precision()
         self.epochs.append(state.epoch + 1)
+        self.mixed.append(self.kwargs.mixup is not None and self.kwargs.mixup.mixup_enabled)
         self.rates.append(round(max(group["lr"] for group in state.optimizer.param_groups), 10))
         return {"train_loss": 1.0, "train_lr": 1.0}
 
@@ -90,7 +100,12 @@ class Recorder:
 
     def benchmark(self, model, size, batch_size, precision, **kwargs) -> dict[str, float]:
         self.benchmarked.append(batch_size)
+        self.compile_modes.append(kwargs["compile_mode"])
         return defaultdict(float)
+
+    def compile(self, module, mode="default") -> None:
+        self.compiled.append(module)
+        self.compile_modes.append(mode)
 
     def write_pictures(self, mode, model, samples, **kwargs) -> list[Path]:
         self.pictures = mode, [source for *_, source in samples]
@@ -107,11 +122,16 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def place(tiny_run, tmp_path_factory) -> Path:
-    """Return a folder with run/, which is `tiny_run`, old.pth, a checkpoint without its epoch, teachers and images/."""
+    """Return a folder with run/, which is `tiny_run`, teachers and images/.
+
+    old.pth is a checkpoint without its epoch, held_out.pth one with a hold-out.
+    """
     folder = tmp_path_factory.mktemp("flags")
     (folder / "run").symlink_to(tiny_run)
     saved = torch.load(tiny_run / "checkpoint.pth")
     torch.save({name: value for name, value in saved.items() if name != "epoch"}, folder / "old.pth")
+    saved["data"]["val_fraction"] = 0.1
+    torch.save(saved, folder / "held_out.pth")
     teacher = timm.create_model("test_resnet", num_classes=10)
     torch.save(teacher.state_dict(), folder / "teacher.pth")
     nn.init.constant_(teacher.fc.bias, 2.0)
@@ -119,6 +139,8 @@ def place(tiny_run, tmp_path_factory) -> Path:
     torch.save(timm.create_model("test_byobnet", num_classes=10).state_dict(), folder / "byob.pth")
     (folder / "images").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "images" / "a.png")
+    (folder / "flags.yaml").write_text("seed: 3")
+    (folder / "own.py").write_text("from timm.models import register_model\n\n\n@register_model\ndef of_a_file(): ...")
     return folder
 
 
@@ -135,7 +157,10 @@ def observe(place, tmp_path, monkeypatch) -> Callable[[str], Recorder]:
         for module, names in STAND_INS.items():
             for name in names:
                 monkeypatch.setattr(module, name, getattr(seen, name))
-        monkeypatch.setattr(nn.Module, "compile", lambda module: seen.compiled.append(module))
+        monkeypatch.setattr(wandb, "init", lambda **kwargs: MagicMock(id="x1"))
+        monkeypatch.setattr(nn.Module, "compile", lambda module, mode="default": seen.compile(module, mode))
+        # instead of the hub
+        monkeypatch.setattr(_builder, "load_state_dict_from_hf", lambda *_, **__: timm.create_model(NET).state_dict())
         try:
             assert main.main(f"{BASE} {flags}".split()) == 0
         finally:
@@ -176,6 +201,16 @@ def teacher(seen: Recorder) -> str:
     return type(seen.criterion.teacher).__name__
 
 
+def class_weights(seen: Recorder) -> list[float] | None:
+    weights = seen.criterion.loss.weight
+    return weights if weights is None else [round(weight, 3) for weight in weights.tolist()]
+
+
+def draws_batch(seen: Recorder) -> bool:
+    seen.criterion(torch.zeros(2, 3, 32, 32), torch.zeros(2, 10), torch.full((2, 10), 0.1))
+    return Path("out/train_images.png").exists()
+
+
 def dropout(module: nn.Module) -> float:
     return max(part.p for part in module.modules() if isinstance(part, nn.Dropout))
 
@@ -187,6 +222,8 @@ def equals(name: str, tensor: torch.Tensor, key: str = "model") -> bool:
 
 # flag: its value, the flags besides it, what it changes (an attribute, or a function) and to what
 ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
+    "--config": ("flags.yaml", "", "loader.sampler.seed", 3),
+    "-c": ("flags.yaml", "", "loader.sampler.seed", 3),
     "--batch-size": ("32", "", "loader.batch_size", 32),
     "--epochs": ("3", "", "epochs", [0, 1, 2]),
     "--accum-steps": ("4", "", lambda s: (s.kwargs.accum_steps, s.rates), (4, [2.5e-4])),
@@ -194,6 +231,8 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--resume": ("run/checkpoint.pth", "--epochs 2", "epochs", [1]),
     "--start_epoch": ("1", "--epochs 3 --resume old.pth", "epochs", [1, 2]),
     "--checkpoint-interval": ("0.5", "--output_dir out --resume auto", "kwargs.stop.interval", 0.5),
+    "--log-wandb": ("p", "--output_dir out", "state.wandb_id", "x1"),
+    "--save-images": ("", "--output_dir out", draws_batch, True),
     "--keep-checkpoints": ("5", "--output_dir out --resume auto", lambda s: s.kept[-1], 5),
     "--eval": ("", "--resume run/checkpoint.pth --epochs 2", "epochs", []),
     "--report": ("report", EVAL, "reported", Path("report")),
@@ -208,19 +247,24 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--amp": ("bf16", "", "precision.dtype", torch.bfloat16),
     "--tf32": ("", "", "matmul", "high"),
     "--compile": ("", "", lambda s: s.compiled == [s.state.model, s.state.ema and s.state.ema.module], True),
+    "--torchcompile-mode": ("max-autotune", COMPILE, "compile_modes", ["max-autotune"]),
     "--channels-last": ("", "", lambda s: s.kwargs.prepare(torch.zeros(2, 3, 8, 8)).stride(1), 1),
     "--grad-checkpointing": ("", "", lambda s: s.state.model.blocks[0].grad_checkpointing, True),
     # the model
+    "--import": ("own.py", "", lambda s: (s.state.args["import"], timm.is_model("of_a_file")), ("own.py", True)),
     "--model": ("dhvt_tiny_cifar_patch2", "", "state.config.name", "dhvt_tiny_cifar_patch2"),
     "--model-kwargs": ("depth=2", "", lambda s: len(s.state.model.blocks), 2),
     "--input-size": ("48 32", "", "state.model.patch_embed.grid_size", (12, 8)),
     "--nb-classes": ("12", "", "state.model.num_classes", 12),
     "--eval-crop-ratio": ("1", "--input-size 48", "val_config.crop_ratio", 1.0),
+    "--mean": ("0.5 0.4 0.3", "", "val_config.mean", [0.5, 0.4, 0.3]),
+    "--std": ("0.2 0.2 0.1", "", "val_config.std", [0.2, 0.2, 0.1]),
     "--drop": ("0.2", "", lambda s: (dropout(s.state.model.blocks), s.state.model.head_drop.p), (0.2, 0.0)),
     "--drop-path": ("0.25", DEEPER, lambda s: s.state.model.blocks[1].drop_path1.drop_prob, 0.25),
     "--model-ema": ("", "--no-model-ema", lambda s: s.state.ema is not None, True),
     "--no-model-ema": ("", "", "state.ema", None),
     "--model-ema-decay": ("0.5", "", "state.ema.decay", 0.5),
+    "--model-ema-warmup": ("", "", "state.ema.use_warmup", True),
     "--model-ema-force-cpu": ("", "", "state.ema.device", "cpu"),
     "--base_keep_rate": ("0.5", f"{EVIT} --shrink_start_epoch 0", keep_rates, [0.5] * 14),
     "--fuse_token": ("", EVIT, "state.model.fuse_token", True),
@@ -228,6 +272,7 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--shrink_start_epoch": ("2", EVIT, keep_rates, [1.0] * 2 + [0.7] * 12),
     "--shrink_epochs": ("2", EVIT, keep_rates, [1.0] * 11 + [0.85] + [0.7] * 2),
     # fine-tuning
+    "--pretrained": ("", f"--model {NET} --model-kwargs", lambda s: s.val_config.interpolation, "bilinear"),
     "--finetune": ("run/checkpoint.pth", "", lambda s: equals("norm.weight", s.state.model.norm.weight), True),
     "--freeze": ("head", "", lambda s: s.state.model.norm.weight.requires_grad, False),
     "--layer-decay": ("0.5", "", lambda s: group(s).get("lr_scale"), 0.25),
@@ -237,6 +282,7 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--opt": ("sgd", "", lambda s: type(s.state.optimizer).__name__, "SGD"),
     "--opt-eps": ("1e-6", "", lambda s: group(s)["eps"], 1e-6),
     "--opt-betas": ("0.8 0.95", "", lambda s: tuple(group(s)["betas"]), (0.8, 0.95)),
+    "--opt-kwargs": ("amsgrad=true", "", lambda s: group(s)["amsgrad"], True),
     "--momentum": ("0.5", "--opt sgd", lambda s: group(s)["momentum"], 0.5),
     "--weight-decay": ("0.1", "", lambda s: s.state.optimizer.param_groups[-1]["weight_decay"], 0.1),
     "--clip-grad": ("1", "", "kwargs.clip_grad", 1.0),
@@ -260,9 +306,16 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--mixup-prob": ("0.3", "", "kwargs.mixup.mix_prob", 0.3),
     "--mixup-switch-prob": ("1", "", "kwargs.mixup.switch_prob", 1.0),
     "--mixup-mode": ("elem", "", "kwargs.mixup.mode", "elem"),
+    "--mixup-off-epoch": ("2", "--epochs 4", "mixed", [True, True, False, False]),
+    "--class-weights": ("balanced", "", class_weights, [0.914] * 4 + [1.067] * 6),
     # augmentation and data
     "--aa": ("rand-m5", "", "augment.aa", "rand-m5"),
     "--color-jitter": ("0.1", "", "augment.color_jitter", 0.1),
+    "--crop": ("squash", "", lambda s: (s.augment.crop, s.val_config.crop_mode), ("squash", "squash")),
+    "--scale": ("0.5 0.9", "", "augment.scale", [0.5, 0.9]),
+    "--ratio": ("0.9 1.1", "", "augment.ratio", [0.9, 1.1]),
+    "--hflip": ("0.2", "", "augment.hflip", 0.2),
+    "--vflip": ("0.5", "", "augment.vflip", 0.5),
     "--train-interpolation": ("bilinear", "", "augment.interpolation", "bilinear"),
     "--reprob": ("0.5", "", "kwargs.prepare.random_erasing.probability", 0.5),
     "--remode": ("const", "", "augment.remode", "const"),
@@ -275,12 +328,19 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--data-path": ("x", "", "data.root", "x"),
     "--train-split": ("training", "--data-set FOLDER --data-path x", "data.train_split", "training"),
     "--val-split": ("test", "--data-set FOLDER --data-path x", "data.val_split", "test"),
+    "--train-fraction": ("0.5", "", "data.train_fraction", 0.5),
+    "--val-fraction": ("0.2", "", lambda s: (s.data.val_fraction, s.val_data.holds_out), (0.2, True)),
+    "--folds": ("5", "", lambda s: (s.data.folds, s.val_data.holds_out), (5, True)),
+    "--fold": ("2", "--folds 3", "val_data.fold", 2),
+    "--split-seed": ("7", "--folds 3", "val_data.split_seed", 7),
+    "--split": ("test", "--eval --resume held_out.pth", "val_data.holds_out", False),
     "--use-lmdb": ("", "--data-set FOLDER --data-path x", "data.lmdb", True),
     "--inat-category": ("order", "--data-set INAT --data-path x", "data.inat_category", "order"),
     "--transform": ("timm", "", "data.transform", "timm"),
     "--num_workers": ("3", "", "loader.num_workers", 3),
     # distillation
     "--distillation-type": ("soft", STUDENT, "criterion.kind", "soft"),
+    "--kd": (TEACHER, "", lambda s: getattr(s.criterion, "kind", ""), "kd"),
     "--distillation-alpha": ("0.9", STUDENT, "criterion.alpha", 0.9),
     "--distillation-tau": ("3", STUDENT, "criterion.tau", 3.0),
     "--teacher-model": ("test_byobnet --teacher-path byob.pth", STUDENT, teacher, "ByobNet"),
@@ -310,6 +370,18 @@ def test_a_flag_does_what_it_is_for(flag, observe):
         WITHOUT[context] = observe(context)
     assert probe(WITHOUT[context]) != expected
     assert probe(observe(f"{context} {flag} {value}")) == expected
+
+
+@pytest.mark.parametrize("flags", [f"{COMPILE} --only_test_speed", f"{COMPILE} {EVAL}"])
+def test_speed_and_evaluation_compile_in_the_mode_too(flags, observe):
+    modes = observe(f"{flags} --torchcompile-mode reduce-overhead").compile_modes
+    assert modes and set(modes) == {"reduce-overhead"}
+
+
+def test_names_of_data_sets_may_be_written_in_any_case():
+    for name in ("CIFAR-10", "FOLDER", "clipart"):
+        for word in (name.lower(), name.upper()):
+            assert options.parse([*BASE.split(), "--data-set", word]).data_set == name
 
 
 @pytest.mark.parametrize(("flags", "pinned"), [("", True), ("--no-pin-mem", False), ("--no-pin-mem --pin-mem", True)])

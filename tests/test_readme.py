@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from test_prepare import WRITE
 
 import engine
 import export
@@ -39,18 +40,24 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
         SMALL,
         {"--train-split training --val-split test": "--train-split train --val-split val"},
     ),
+    "for fold in": ("", {"0 1 2 3 4": "0 1", "; done": f" {SMALL}; done"}),
+    "python main.py --config recipe.yaml": (f"{STEP} --input-size 32 --batch-size 4 --model-kwargs depth=1", {}),
+    "python main.py -c output/mine/args.json": ("--device cpu", {}),
+    "python main.py --import": (f"{STEP} --batch-size 4", {}),
     "python main.py --eval": ("--device cpu --num_workers 0", {}),
     "python predict.py": ("--device cpu", {"IMAGES": "DATA/val"}),
     "python export.py": ("", {" --onnx": ""}),  # test_export.py has it
     "python main.py --model deit_tiny_distilled": (SMALL.replace("depth=1", "depth=1 patch_size=8"), {}),
     "python main.py --model deit_small_patch16_shrink_base": (DEIT, {"FILE": "deit_small.pth"}),
-    "python prepare.py domainnet": ("", {}),
+    "python prepare.py": ("", {}),
     "python main.py --model resnet18_cifar": (
         f"{STEP} --batch-size 4 --model-kwargs layers=(1,1,1,1) channels=(8,8,8,8)",
         {},
     ),
+    "python main.py --model resnet18 --kd": (f"{STEP} --batch-size 4 --input-size 32", {}),
     "python main.py --data-set FOLDER --data-path DATA --input-size": (f"{STEP} --batch-size 16", {}),
     "DATA=clipart bash run_code.sh clipart": (SMALL, {}),
+    "DATA=DATA bash run_code.sh small": (SMALL, {}),
     "DATA=CIFAR SEEDS=": (f"--data-set FOLDER {SMALL}", {"DATA=CIFAR": "DATA=DATA", "0 1 2 3": "0"}),
     "python compare.py": ("", {}),
     "bash run_code.sh digits-ablation": (
@@ -115,6 +122,10 @@ def place(tree, tiny_run, tmp_path, monkeypatch) -> Path:
     deit = timm.create_model("deit_small_patch16_224", num_classes=2, depth=10, embed_dim=48, num_heads=2)
     torch.save(deit.state_dict(), tmp_path / "deit_small.pth")
     shutil.copytree(tiny_run, tmp_path / "output" / "digits")
+    # files that docs/configuration.md shows
+    for language, name in (("yaml", "recipe.yaml"), ("python", "my_models.py")):
+        (text,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGES[2].read_text(), re.M | re.S)
+        (tmp_path / name).write_text(text)
     # as DomainNet's archives and lists
     (tmp_path / "DOMAINNET").mkdir()
     (tmp_path / "DOMAINNET" / "clipart").symlink_to(tmp_path / "DATA" / "train")
@@ -122,12 +133,17 @@ def place(tree, tiny_run, tmp_path, monkeypatch) -> Path:
     lines = [f"clipart/{file.parent.name}/{file.name} {file.parent.name == 'bee':d}\n" for file in files]
     for split in ("train", "test"):
         (tmp_path / "DOMAINNET" / f"clipart_{split}.txt").write_text("".join(lines))
+    # what the other data sets unpack to
+    for write in WRITE.values():
+        write(tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     # scripts leave here what they would run
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" '' >> launched\n")
+    (tmp_path / "bin" / "python").write_text(
+        f"#!/bin/sh\n[ $1 = -c ] && exec {sys.executable} \"$@\"\nprintf '%s\\n' \"$@\" '' >> launched\n"
+    )
     (tmp_path / "bin" / "python").chmod(0o755)
     paths = [tmp_path / "bin", Path(sys.executable).parent, os.environ["PATH"]]
     monkeypatch.setenv("PATH", os.pathsep.join(map(str, paths)))
@@ -173,6 +189,10 @@ def test_the_commands_run_as_they_stand_there(place, monkeypatch):
         "output/mine/log.txt",
         "output/digits/visualization",
         "clipart/val/bee/1.png",
+        "tiny/val/n01443537/val_1.JPEG",
+        "slides/val/3/53541-IMG-0.JPG",
+        "blood/test/02/000000.png",
+        "listed/train/cat/patient1_1.png",
         "output/ablation/compare.csv",
     ):
         assert (place / path).exists()

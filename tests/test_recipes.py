@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from models.build import build_model
 from util import options
@@ -36,7 +37,16 @@ PUBLISHED = {
 TUNED = {"finetune-clipart": (1e-8, 1e-6), "finetune-evit": (1e-6, 2e-6)}  # weight decay, least learning rate
 SHRINKING = {"evit": (0.7, True, 10, 100), "finetune-evit": (0.7, True, 0, 0)}  # keep rate, fused, start, length
 OTHERS = {"deit-cifar100", "cifar100-224", "clipart-100", "painting-100", "sketch-100", "ablation", "digits-ablation"}
-OTHERS |= {"finetune-painting", "finetune-sketch", "finetune-cifar100", "digits", "digits-evit", "finetune-digits-evit"}
+OTHERS |= {
+    "small",
+    "fashion",
+    "finetune-painting",
+    "finetune-sketch",
+    "finetune-cifar100",
+    "digits",
+    "digits-evit",
+    "finetune-digits-evit",
+}
 ALL = {*PUBLISHED, *OTHERS}
 
 # recipe and variables: model and its arguments, data set, pixels, effective batch size, rate after scaling, epochs,
@@ -185,6 +195,36 @@ def test_variables_choose_a_variant(call, tmp_path, command):
     assert (args.weight_decay, args.min_lr, args.repeated_aug) == ((1e-8, 1e-6, False) if tuned else (0.05, 1e-5, True))
 
 
+@pytest.mark.parametrize("side", [28, 48, 49, 112, 113, 500])
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_small_folders_are_trained_at_a_size_that_fits_their_images(call, tmp_path, side, size):
+    """The stand-in finds `side`."""
+    args = parse_command(call, f"run_code.sh small SIZE={size}", tmp_path, FOUND=str(side))
+    kind, pixels = ("imagenet_patch16", 224) if side > 112 else ("cifar_patch4", 64 if side > 48 else 32)
+    assert (args.model, args.input_size) == (f"dhvt_{size}_{kind}", [pixels])
+    assert (args.data_set, args.crop, args.model_ema_warmup) == ("FOLDER", "pad", True)
+    assert (args.batch_size, args.accum_steps, args.repeated_aug, args.unscale_lr) == (64, 1, False, True)
+    assert (args.epochs, args.warmup_epochs, args.output_dir) == (100, 5, f"output/small-{size}")
+    defaults = options.parse(["--data-set", "DIGITS"])
+    for name in ("aa", "reprob", "mixup", "cutmix", "smoothing", "drop_path", "model_ema", "sched", "weight_decay"):
+        assert getattr(args, name) == getattr(defaults, name), name
+
+
+def test_the_size_of_small_folders_is_that_of_the_median_image(call, tmp_path):
+    """Python itself looks at the images."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "$0" "$@"\n')
+    folder = tmp_path / "my data"
+    (folder / "train" / "ant").mkdir(parents=True)
+    env = {"DATA": str(folder), "NGPU": "1"}
+    status, _, error = call("run_code.sh", "small", **env)
+    assert status == 2 and error.count("\n") == 1 and f"DATA={folder}" in error and "train/CLASS/" in error
+    for i, side in enumerate((20, 64, 300)):
+        Image.new("P", (side, side + 100 * i)).save(folder / "train" / "ant" / f"{i}.png", transparency=b"\x80")
+    (folder / "train" / "ant" / "notes.txt").touch()
+    status, words, _ = call("run_code.sh", "small", **env)
+    assert status == 0 and words[words.index("--input-size") + 1] == "64"
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_of_the_ablations_asks_for_its_model(call, tmp_path, row):
     args = parse_command(call, f"run_code.sh ablation {row}", tmp_path)
@@ -218,6 +258,56 @@ def test_digits_ablation_runs_ten_models_with_three_seeds_and_compares_them(call
     script, *folders = launches[-1].split()
     assert script.endswith("compare.py")
     assert folders == [*(f"{tmp_path}/out/{row}" for row in ten), "--out", f"{tmp_path}/out"]
+
+
+# writes down its command; a run gets its learning rate's accuracy on the hold-out, an evaluation its report
+FASHION_STAND_IN = """#!/bin/bash
+[[ $1 != - ]] || exec {python} "$@"
+echo "$@" >> {log}
+words=" $* "
+if [[ $words == *" --report "* ]]; then
+    mkdir -p "${{@: -1}}" && echo '{{}}' > "${{@: -1}}/report.json"
+elif [[ $words =~ " --lr "([^ ]+)" --output_dir "([^ ]+) ]]; then
+    mkdir -p "${{BASH_REMATCH[2]}}"
+    declare -A best=([5e-4]=30 [1e-3]=50 [2e-3]=40)
+    echo '{{"test_acc1": '${{best[${{BASH_REMATCH[1]}}]}}'}}' > "${{BASH_REMATCH[2]}}/log.txt"
+    echo '{{"test_acc1": 10}}' >> "${{BASH_REMATCH[2]}}/log.txt"
+fi
+"""
+
+
+def test_fashion_chooses_the_rate_on_the_hold_out_and_tests_each_seed_once(tmp_path):
+    (tmp_path / "python").write_text(FASHION_STAND_IN.format(python=sys.executable, log=tmp_path / "log"))
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": str(tmp_path), "OUT": str(tmp_path / "out")}
+    command = ["bash", str(ROOT / "run_code.sh"), "fashion", "300-deit", "--amp", "off"]
+    subprocess.run(command, env=env, check=True, timeout=60)
+    runs = [options.parse(line.split()[1:]) for line in (tmp_path / "log").read_text().splitlines()]
+    trained, tested = runs[:5], runs[5:]
+    assert [(run.lr, run.seed) for run in trained] == [(5e-4, 0), (1e-3, 0), (2e-3, 0), (1e-3, 1), (1e-3, 2)]
+    for run in trained:
+        assert (run.model, run.model_kwargs["num_heads"], run.amp) == ("deit_tiny_patch16_224", 4, "off")
+        assert (run.data_set, run.train_fraction, run.val_fraction) == ("FASHION", 0.05, 0.1)
+    seeds = [f"{tmp_path}/out/seeds/{seed}" for seed in (0, 1, 2)]
+    assert [run.output_dir for run in trained[3:]] == seeds[1:]
+    assert [(run.eval, run.split, run.report) for run in tested] == [(True, "test", f"{seed}/test") for seed in seeds]
+    assert [run.resume for run in tested] == [f"{seed}/best_checkpoint.pth" for seed in seeds]
+    # what is tested is not tested again
+    subprocess.run(command, env=env, check=True, timeout=60)
+    assert (tmp_path / "log").read_text().count("--eval") == 3
+
+
+def test_fashion_compares_all_its_rows(tmp_path):
+    (tmp_path / "python").write_text(FASHION_STAND_IN.format(python=sys.executable, log=tmp_path / "log"))
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": str(tmp_path), "OUT": str(tmp_path / "out")}
+    subprocess.run(["bash", str(ROOT / "run_code.sh"), "fashion"], env=env, check=True, timeout=60)
+    *runs, compared = (tmp_path / "log").read_text().splitlines()
+    assert len(runs) == 8 * 8 and len({line.split("--model ")[1].split()[0] for line in runs if "--lr" in line}) == 4
+    script, *words = compared.split()
+    rows = [f"{n}-{model}" for n in (300, 60) for model in ("cct", "deit", "dhvt", "resnet")]
+    assert script.endswith("compare.py") and words[:8] == [f"{tmp_path}/out/{row}/seeds" for row in rows]
+    assert words[8:] == ["--x", "train_fraction", "--out", f"{tmp_path}/out"]
 
 
 def test_seeds_are_runs_one_after_the_other_until_one_fails(call, tmp_path):
@@ -316,6 +406,7 @@ BAD = {
     "paper": ("run_code.sh cifar100", {"DATA": "/", "PAPER": "no"}, "PAPER=no", "give 1"),
     "no size": ("run_code.sh evit", {"DATA": "/", "SIZE": "small"}, "evit has no SIZE", "leave it out"),
     "no patch": ("run_code.sh clipart", {"DATA": "/", "PATCH": "2"}, "clipart has no PATCH", "leave it out"),
+    "patch of small": ("run_code.sh small", {"DATA": "/", "PATCH": "2"}, "small has no PATCH", "leave it out"),
     "no number": ("run_code.sh imagenet", {"DATA": "/", "NGPU": "all"}, "NGPU=all", "at least 1"),
 }
 

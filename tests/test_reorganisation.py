@@ -178,7 +178,7 @@ def test_the_published_commands_run_as_they_stand_in_one_and_in_two_processes(tr
             status, out, err = torchrun(processes, *words, cwd=folder)
             assert status == 0, err
             outputs.append(out)
-    alone = re.search(r"\* Acc@1.*\n.*the 72 test images.*", outputs[0])[0]
+    alone = re.search(r"\* Acc@1.*\n.*on 72 images.*", outputs[0])[0]
     assert alone in outputs[1]
     assert "65 pictures of 64 images are in visualization" in outputs[2]
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name / "visualization").iterdir()} for name in "12")

@@ -50,7 +50,11 @@ def test_requirements_are_pinned_and_are_what_is_imported():
             required.add(MODULES.get(name, name))
     ours = {Path(name).parts[0].removesuffix(".py") for name in sources()}
     used = set().union(*(imported(path) for path in sources().values()))
-    assert used - required - ours - set(sys.stdlib_module_names) == {"safetensors"}  # which timm requires
+    assert used - required - ours - set(sys.stdlib_module_names) == {
+        "safetensors",
+        "huggingface_hub",
+        "yaml",
+    }  # which timm requires
     # scipy is for torchvision, einops for models of timm, the others are for torch's exporter
     assert required - used <= {"scipy", "einops", "onnx", "onnxscript"}
 

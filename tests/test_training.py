@@ -25,7 +25,7 @@ from losses import ImageLoss
 from util import options
 from util.checkpoint import TrainState
 from util.config import AugmentConfig, DataConfig, ModelConfig
-from util.errors import NonFiniteLossError
+from util.errors import InputError, NonFiniteLossError
 from util.log import RunLog
 from util.precision import Precision, resolve_amp
 
@@ -54,6 +54,7 @@ def train(
     criterion=F.cross_entropy,
     precision: Precision | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    epoch: int = 0,
     **kwargs,
 ) -> dict[str, float]:
     """Train an epoch; its learning rate is constant."""
@@ -62,6 +63,7 @@ def train(
     config = ModelConfig("vit_tiny_patch16_224")
     updates = math.ceil(len(batches) / kwargs.get("accum_steps", 1))
     state = TrainState(model, ema, optimizer, None, precision.scaler, config, DataConfig(), (), {}, updates)
+    state.epoch = epoch - 1
     more = {"prepare": precision.to_memory_format, "seed": 0, "run_log": RunLog(None)} | kwargs
     return engine.train_one_epoch(model, ImageLoss(criterion), batches, precision, state, **more)
 
@@ -121,6 +123,27 @@ def test_ema_follows_its_formula_over_weights_and_buffers():
     train(model, random_batches(4, 8), ema=ema, optimizer=optimizer)
     for k, v in ema.module.state_dict().items():
         assert torch.allclose(v, expected[k], atol=1e-6), k
+
+
+def test_the_decay_of_an_ema_with_warmup_rises_over_all_epochs():
+    """Updates are counted from 1; the first one replaces the initial weights."""
+    model = norm_free_model()
+    ema = ModelEmaV3(model, decay=0.7, use_warmup=True)
+    expected = weights(model)
+    updates = 0
+
+    def follow(*_: object) -> None:
+        nonlocal expected, updates
+        updates += 1
+        decay = min(0.7, 1 - updates ** (-2 / 3))
+        expected = decay * expected + (1 - decay) * weights(model)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer.register_step_post_hook(follow)
+    for epoch in range(2):
+        train(model, random_batches(4, 8), ema=ema, optimizer=optimizer, epoch=epoch)
+        torch.testing.assert_close(weights(ema.module), expected, rtol=0, atol=1e-6)
+    assert updates == 8
 
 
 @pytest.mark.parametrize("classes", [3, 12])
@@ -194,9 +217,38 @@ def test_criteria_are_the_published_ones():
         (["--bce-loss", *unmixed], labels, (onehot * p.log() + (1 - onehot) * (1 - p).log()) / 4, False),
     ]
     for flags, targets, expected, mixed in rows:
-        loss, mixup = main.build_loss_and_mixup(parse(*flags), run_state(), None, Precision(CPU))
+        loss, mixup = main.build_loss_and_mixup(parse(*flags), run_state(), None, Precision(CPU), None)
         assert (mixup is not None) == mixed, flags
         assert loss(None, logits, targets).item() == pytest.approx(-expected.sum(1).mean().item()), flags
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--mixup 0 --cutmix 0", "--bce-loss --smoothing 0", "--bce-loss --mixup 0 --cutmix 0"]
+)
+def test_class_weights_multiply_what_a_class_adds_to_the_training_loss(flags):
+    """Two, four and six images of three classes; the fourth has none."""
+    labels = [0] * 2 + [1] * 4 + [2] * 6
+    weights = torch.tensor([12 / (3 * 2), 12 / (3 * 4), 12 / (3 * 6), 0])
+    args = parse("--class-weights", "balanced", *flags.split())
+    loss, mixup = main.build_loss_and_mixup(args, run_state(), None, Precision(CPU), labels)
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    hard = torch.tensor([0, 2, 1, 2, 2])
+    targets = torch.eye(4)[hard]
+    if mixup:
+        targets = 0.7 * targets + 0.3 * targets.flip(0)
+    elif not args.bce_loss:
+        targets = 0.9 * targets + 0.025
+    if args.bce_loss:
+        targets = (targets > 0).float()
+        p = logits.sigmoid()
+        expected = -(weights * targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+    else:
+        terms = -(weights * targets * logits.log_softmax(1)).sum(1)
+        # torch's mean is over the weights of labels, and over images where targets are mixed
+        expected = terms.sum() / (len(terms) if mixup else weights[hard].sum())
+    assert loss(None, logits, targets if mixup else hard).item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(InputError, match="--class-weights balanced"):
+        main.build_loss_and_mixup(args, run_state(), None, Precision(CPU), None)
 
 
 class Spoiled(nn.Module):
@@ -327,7 +379,7 @@ def test_what_a_run_prints_and_that_its_last_line_evaluates_it(quick_flags, tmp_
     out = tmp_path / "out"
     assert main.main([*quick_flags, "--lr", "1e-2", "--eval-freq", "3", "--output_dir", str(out)]) == 0
     text = capsys.readouterr().out
-    for part in ("48 distinct images", "on the 48 test images: ", "effective batch size 8 ", "EMA: Acc@1 "):
+    for part in ("48 distinct images", "on 48 images: ", "effective batch size 8 ", "EMA: Acc@1 "):
         assert part in text, part
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert ["test_acc1" in line for line in lines] == [False, True]  # --eval-freq 3, and the last epoch always

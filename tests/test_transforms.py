@@ -89,6 +89,17 @@ JITTERED = [FLIP, "AutoAugment", "ColorJitter", *END]
         ({"aa": "augmix-m5-w4-d2"}, [RESIZED, FLIP, "AugMixAugment", *ERASED]),
         ({"aa": "", "color_jitter": 0.0, "reprob": 0.0}, [RESIZED, FLIP, *END]),
         ({"native_size": True, "flip": False}, ["RandomCrop", "RandAugment", *ERASED]),
+        ({"native_size": True, "crop": "rrc"}, [RESIZED, FLIP, "RandAugment", *ERASED]),
+        ({"native_size": True, "scale": (0.8, 1)}, [RESIZED, FLIP, "RandAugment", *ERASED]),
+        ({"native_size": True, "ratio": (1, 1)}, [RESIZED, FLIP, "RandAugment", *ERASED]),
+        ({"native_size": True, "crop": "pad", "hflip": 0.0}, ["RandomCrop", "RandAugment", *ERASED]),
+        ({"crop": "pad"}, ["Resize", "RandomCrop", FLIP, "RandAugment", *ERASED]),
+        ({"crop": "squash", "flip": False, "vflip": 0.5}, ["Resize", "RandomVerticalFlip", "RandAugment", *ERASED]),
+        ({"flip": False, "hflip": 0.3}, [RESIZED, FLIP, "RandAugment", *ERASED]),
+        (
+            {"three_augment": True, "crop": "pad", "color_jitter": 0.0},
+            ["Resize", "RandomCrop", FLIP, "AutoAugment", *END],
+        ),
         ({"three_augment": True, "color_jitter": 0.0}, [RESIZED, FLIP, "AutoAugment", *END]),
         ({"three_augment": True, "native_size": True, "src": True}, ["Resize", "RandomCrop", *JITTERED]),
     ],
@@ -96,6 +107,47 @@ JITTERED = [FLIP, "AutoAugment", "ColorJitter", *END]
 )
 def test_training_images_go_through_these_steps(kwargs, expected):
     assert [type(step).__name__ for step in build(True, 32, 32, **kwargs).transforms] == expected
+
+
+def test_bounds_of_the_crop_and_probabilities_of_flips_are_what_was_given():
+    bounds = {"scale": (0.5, 0.9), "ratio": (0.8, 1.1)}
+    crop, mirror, turn, *_ = build(True, 32, 32, **bounds, hflip=0.3, vflip=0.2).transforms
+    assert (tuple(crop.scale), tuple(crop.ratio), mirror.p, turn.p) == (*bounds.values(), 0.3, 0.2)
+    crop, mirror, *_ = build(True, 32, 32).transforms
+    assert (tuple(crop.scale), tuple(crop.ratio), mirror.p) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+
+
+@pytest.mark.parametrize(("hflip", "vflip"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_squashed_images_are_resized_to_height_and_width_and_flipped(hflip, vflip):
+    image = photograph(90, 50)
+    expected = np.asarray(image.resize((24, 32), Image.Resampling.BICUBIC))
+    config = ModelConfig("", input_size=(32, 24), crop_ratio=1.0, crop_mode="squash")
+    assert (levels(build_transform(False, config)(image)) == expected).all()
+    expected = expected[:: -1 if vflip else 1, :: -1 if hflip else 1]
+    augment = AugmentConfig(crop="squash", hflip=hflip, vflip=vflip, **PLAIN)
+    reference = build_transform(True, config, augment)
+    assert (levels(reference(image)) == expected).all()
+    assert (levels(FastTransform(reference)(np.array(image))) == expected).all()
+
+
+def test_padded_images_are_windows_of_the_resized_image_in_a_black_border():
+    image = photograph(90, 60)
+    padded = np.pad(np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC)), ((4, 4), (4, 4), (0, 0)))
+    windows = {padded[i : i + 32, j : j + 32].tobytes(): (i, j) for i in range(9) for j in range(25)}
+    reference = build(True, 32, 32, crop="pad", hflip=0.0, **PLAIN)
+    places = [windows[levels(reference(image)).astype(np.uint8).tobytes()] for _ in range(200)]
+    assert {i for i, _ in places} == set(range(9)) and len({j for _, j in places}) > 20
+
+
+@pytest.mark.parametrize("native_size", [False, True])
+@pytest.mark.parametrize("crop", ["pad", "squash"])
+@pytest.mark.parametrize("aa", ["none", "rand-m9-mstd0.5-inc1"])
+def test_whole_images_are_augmented_exactly_as_by_timm(aa, crop, native_size):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    size = pixels.shape[:2] if native_size else (32, 28)
+    reference = build(True, *size, native_size=native_size, crop=crop, vflip=0.5, **PLAIN | {"aa": aa})
+    for seed in range(30):
+        np.testing.assert_array_equal(*draw_both(reference, pixels, seed))
 
 
 def test_images_of_src_are_shifted_over_their_mirror_image():
@@ -230,7 +282,7 @@ def test_damaged_images_are_refused_where_pillow_refuses_and_else_decoded_alike(
 @pytest.mark.parametrize("size", [(500, 375), (120, 90), (225, 1100)], ids=str)
 def test_without_a_policy_pixels_are_timms_within_a_level_or_two(size, interpolation):
     data = encode(photograph(*size, which=size[0] % 2))
-    reference = build(True, 224, 192, interpolation=interpolation, **PLAIN)
+    reference = build(True, 224, 192, interpolation=interpolation, scale=(0.3, 0.8), vflip=0.5, **PLAIN)
     for seed in range(4):
         fast, timm = draw_both(reference, data, seed)
         difference = np.abs(fast - timm)

@@ -64,7 +64,7 @@ def undo_normalization(image: Tensor, config: ModelConfig) -> np.ndarray:
     """Return the pixels, exactly, of an image [3, H, W], either uint8 or normalized as `config` says: [H, W, 3]."""
     pixels = image.cpu().permute(1, 2, 0)  # H, W, 3
     if pixels.is_floating_point():
-        pixels = (255 * (pixels * torch.tensor(config.std) + torch.tensor(config.mean))).round().byte()
+        pixels = (255 * (pixels * torch.tensor(config.std) + torch.tensor(config.mean))).round().clamp(0, 255).byte()
     return pixels.numpy()
 
 

@@ -26,6 +26,8 @@ NUMBERED = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
 # flags whose change at a resume changes no result
 FLAGS_WITHOUT_EFFECT = {
+    "given",
+    "config",
     "resume",
     "output_dir",
     "device",
@@ -33,6 +35,8 @@ FLAGS_WITHOUT_EFFECT = {
     "print_freq",
     "checkpoint_interval",
     "keep_checkpoints",
+    "log_wandb",
+    "save_images",
     "pin_mem",
     "dist_backend",
     "dist_timeout",
@@ -114,6 +118,8 @@ class TrainState:
     best_epoch: int | None = None
     best_epoch_ema: int | None = None
     best_keep_rate: float | None = None
+    # of --log-wandb
+    wandb_id: str | None = None
 
     PROGRESS = (
         "epoch",
@@ -172,6 +178,7 @@ class TrainState:
             "config": asdict(self.config),
             "data": asdict(self.data),
             "classes": list(self.classes),
+            "wandb_id": self.wandb_id,
             # at an epoch's end there is none: the next epoch may have other batches
             "position": position | {"conditions": self.batch_layout} if self.update else None,
             **{name: getattr(self, name) for name in self.PROGRESS},
@@ -205,8 +212,11 @@ class TrainState:
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
 
-        # Position of the run; then report which flags are others now
+        # Position of the run, here and in its log; then report which flags are others now
         self._load_progress(saved, source)
+        # in another folder it is another run
+        if self.folder and Path(source).resolve().parent == self.folder.resolve():
+            self.wandb_id = saved.get("wandb_id")
         for name, value in self.args.items():
             before = flags.get(name, value)
             if before != value and name not in FLAGS_WITHOUT_EFFECT:

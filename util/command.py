@@ -4,15 +4,23 @@ import argparse
 import ast
 import contextlib
 import difflib
+import functools
+import json
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from util import distributed
 from util.errors import InputError, NonFiniteLossError, StoppedError
+from util.weights import first_line
 
 # exit status of a run that a signal stopped and that can be resumed (EX_TEMPFAIL)
 STOPPED = 75
@@ -30,11 +38,15 @@ SYNONYMS = {
     "learning-rate": "--lr",
     "name": "--model",
     "output": "--output_dir",
-    "pretrained": "--finetune",
     "ra": "--repeated-aug",
     "test": "--eval",
     "wd": "--weight-decay",
 }
+
+# flags that say where a run was, and not what it computed
+NOT_REPEATED = ("device", "config", "output_dir", "resume", "start_epoch", "given")
+# flags that the machine decides if they are not given
+RESOLVED = ("amp", "dist_backend")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -135,10 +147,29 @@ class KeyValues(argparse.Action):
 
 
 def parse_block_numbers(text: str) -> tuple[int, ...]:
-    """Parse the block numbers of --drop_loc: "(3, 6, 9)", "3,6,9" or "()"."""
-    if not re.fullmatch(r"[\d,() ]*", text):
+    """Parse the block numbers of --drop_loc: "(3, 6, 9)", "[3, 6, 9]", "3,6,9" or "()"."""
+    if not re.fullmatch(r"[\d,()\[\] ]*", text):
         raise argparse.ArgumentTypeError(f"{text} must be numbers of blocks, for example 3,6,9")
     return tuple(map(int, re.findall(r"\d+", text)))
+
+
+@functools.cache
+def import_file(path: str) -> str:
+    """Execute a Python file, which registers models with timm, once, and return its path. Raises InputError."""
+    # must not shadow an installed module
+    name = f"imported_{Path(path).stem}"
+    loader = SourceFileLoader(name, path)
+    module = module_from_spec(spec_from_loader(name, loader))
+    # timm looks up the module of a model
+    sys.modules[name] = module
+    try:
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        # of any kind: it is the user's code
+        raise InputError(
+            f"--import {path}: {type(error).__name__}: {first_line(error)}; correct the file or its path"
+        ) from None
+    return path
 
 
 # what argparse takes for kinds of flags that are no types
@@ -150,13 +181,17 @@ ACTIONS = {
 # as default: the flag has none, and must be given
 REQUIRED = argparse.SUPPRESS
 
+IMPORT_FLAG = ("--import", import_file, None, "Python file to execute first, which registers your models with timm")
 # what describes a model; each overrides what its checkpoint says
 MODEL_FLAGS = (
+    IMPORT_FLAG,
     ("--model", str, None, "any model of timm or of this repository"),
     ("--model-kwargs", KeyValues, None, "KEY=VALUE arguments of the model, for example embed_dim=96 depth=4"),
     ("--input-size", [positive_int], None, "pixels, or height and width; default: the model's own"),
     ("--nb-classes", positive_int, None, "number of classes; default: from the data"),
     ("--eval-crop-ratio", open_fraction, None, "share of the image that evaluation's center crop keeps"),
+    ("--mean", [fraction] * 3, None, "mean of the pixels in red, green and blue, from 0 to 1; default: ImageNet's"),
+    ("--std", [open_fraction] * 3, None, "their standard deviation; default: ImageNet's"),
     ("--base_keep_rate", open_fraction, None, "EViT: share of the tokens that blocks of --drop_loc keep"),
     ("--fuse_token", bool, False, "EViT: fuse the other tokens into one"),
     ("--drop_loc", parse_block_numbers, None, "EViT: blocks that reorganise tokens, from 0, for example 3,6,9"),
@@ -171,13 +206,15 @@ def add_flags(group, rows: Sequence[tuple]) -> None:
     """Add flags to a parser or one of its groups; a row has the spellings, the type, the default and the help.
 
     The type bool makes a switch, BooleanOptionalAction a pair --X and --no-X; a tuple lists choices, and a type in
-    brackets takes several values.
+    brackets takes several values, as many as it is repeated. A dictionary is what argparse takes.
     """
     for flags, kind, default, text in rows:
-        if isinstance(kind, tuple):
+        if isinstance(kind, dict):
+            kwargs = kind
+        elif isinstance(kind, tuple):
             kwargs = {"choices": kind}
         elif isinstance(kind, list):
-            kwargs = {"type": kind[0], "nargs": "+"}
+            kwargs = {"type": kind[0], "nargs": "+" if len(kind) == 1 else len(kind)}
         else:
             kwargs = ACTIONS.get(kind, {"type": kind})
         required = default is REQUIRED
@@ -199,6 +236,66 @@ def parse_size(values: Sequence[int] | None) -> tuple[int, int] | None:
     return values[0], values[-1]
 
 
+def to_words(name: str, value: Any, action: argparse.Action | None) -> list[str]:
+    """Return a flag of a file as words of a command line. Raises InputError for a switch that is not true or false."""
+    flag = f"--{name}"
+    if action is None or value is None:
+        # the parser refuses a flag that it does not know
+        return [] if action else [flag]
+    # switches
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise InputError(f"{flag}: {value!r} must be true or false")
+        no = [f"--no-{name}"] if isinstance(action, argparse.BooleanOptionalAction) else []
+        return [flag] if value else no
+    if isinstance(value, dict):
+        return [flag, *(f"{key}={item}" for key, item in value.items())]
+    # block numbers are one word
+    if isinstance(value, list) and action.nargs:
+        return [flag, *map(str, value)]
+    # YAML reads off as false
+    return [f"{flag}={'off' if value is False else value}"]
+
+
+def read_config(path: str, parser: Parser) -> list[str]:
+    """Return the flags of a YAML or JSON file as words of a command line, checked as if they had been typed.
+
+    Of a run's args.json those count that were given or are at another default today, except `NOT_REPEATED`. Raises
+    InputError.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config {path}: unreadable ({reason}); give a YAML or JSON file of flags") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: must hold lines of FLAG: VALUE")
+    if "versions" in content:
+        # as JSON would store them
+        defaults = json.loads(json.dumps(vars(parser.parse_args([])), default=str))
+        given = content.get("given", ())
+        content = {
+            name: value
+            for name, value in content.items()
+            if name in given or (name in defaults and name not in RESOLVED and value != defaults[name])
+        }
+        for name in NOT_REPEATED:
+            content.pop(name, None)
+
+    # As words; those of a bad flag are refused here, so that the line names the file
+    actions = {flag.replace("_", "-"): action for flag, action in parser._option_string_actions.items()}
+    try:
+        words = []
+        for name, value in content.items():
+            words += to_words(name, value, actions.get(f"--{name}".replace("_", "-")))
+        if parser.parse_args(words).config:
+            raise InputError("--config: a file of flags cannot name another")
+    except InputError as error:
+        raise InputError(f"--config {path}: {error}") from None
+    return words
+
+
 def explain(error: BaseException) -> tuple[str, int]:
     """Return the line that explains what ended a script, "" if there is none to print, and the exit status."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -214,7 +311,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "", 1
     if isinstance(error, OSError):
         name = error.filename or "the output"
-        return f"{name}: {error.strerror or lines[0]}; free space, or name another file or folder", 2
+        return f"{name}: {error.strerror or lines[0]}; check path, permissions and free space, or name another", 2
     if type(error).__module__.startswith("torch._dynamo"):
         return f"--compile: {lines[0]}; leave it out", 2
     if distributed.is_lost_connection(error):

@@ -1,6 +1,7 @@
 """What a run is made of, as plain values: every checkpoint holds them, so that its model can be built again."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ INATURALIST = {"INAT": 2018, "INAT19": 2019}
 class TorchvisionSet(NamedTuple):
     """A data set that torchvision downloads and reads, and how its images are treated.
 
-    `url` is what to download by hand to `place`, a path below --data-path. `side` is the size in which all images come,
+    `url` is what to download by hand to `place`, a path below --data-path. `side` is that of all images in pixels,
     None if they differ; with `flip` a mirrored image keeps its class.
     """
 
@@ -113,6 +114,8 @@ TORCHVISION_SETS = {
     ),
     "FOOD": TorchvisionSet(datasets.Food101, "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "food-101.tar.gz"),
 }
+# fields of DataConfig, and flags, that decide which images of a training split are for training
+SPLIT_FIELDS = ("train_fraction", "val_fraction", "folds", "fold", "split_seed")
 DATA_SETS = ("DIGITS", *FOLDER_DATA_SETS, *TORCHVISION_SETS, *INATURALIST)
 
 
@@ -121,7 +124,8 @@ class ModelConfig:
     """A model as timm registers it, and how its images are prepared for evaluation.
 
     `kwargs` are passed on to the model. `num_classes` None is the model's own default. `crop_ratio` is the share of
-    the resized image that the center crop keeps; with 1 images are resized to `input_size` (height, width).
+    the resized image that the center crop keeps; with 1 images are resized to `input_size` (height, width). They are
+    resized in proportion, or not with `crop_mode` "squash", and by `interpolation` (timm's names).
     """
 
     name: str
@@ -129,15 +133,18 @@ class ModelConfig:
     input_size: tuple[int, int] = (224, 224)
     kwargs: dict[str, Any] = field(default_factory=dict)
     crop_ratio: float = 0.875
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """A data set (a name of `DATA_SETS`), where it is, and how it is read.
 
-    `train_split` and `val_split` are folders below `root`, or databases there, of `FOLDER_DATA_SETS`.
+    `train_split` and `val_split` are folders below `root`, or databases there, of `FOLDER_DATA_SETS`. Of the training
+    split a run takes `train_fraction`, and holds out for validation `val_fraction` of that, or `fold` of `folds`.
     """
 
     name: str = "IMNET"
@@ -149,11 +156,32 @@ class DataConfig:
     transform: str = "fast"
     num_workers: int | None = None
     pin_memory: bool = False
+    train_fraction: float = 1.0
+    val_fraction: float = 0.0
+    folds: int = 0
+    fold: int = 0
+    split_seed: int = 0
+
+    @property
+    def holds_out(self) -> bool:
+        """Return whether validation images come from the training split."""
+        return self.folds > 0 or self.val_fraction > 0
+
+    def describe_validation(self) -> str:
+        """Return where validation images come from, for example "fold 0 of 5 of the training split"."""
+        if self.folds:
+            return f"fold {self.fold} of {self.folds} of the training split"
+        if self.val_fraction:
+            return f"{self.val_fraction:g} of the training split, held out"
+        return "the data set's own split"
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are augmented, besides mixup and cutmix."""
+    """How training images are augmented, besides mixup and cutmix.
+
+    `scale` and `ratio` are of the random resized crop; None is timm's, as `hflip` and `crop` None leave it to the data.
+    """
 
     aa: str = "rand-m9-mstd0.5-inc1"
     color_jitter: float = 0.4
@@ -163,6 +191,11 @@ class AugmentConfig:
     recount: int = 1
     three_augment: bool = False
     src: bool = False
+    crop: str | None = None
+    scale: Sequence[float] | None = None
+    ratio: Sequence[float] | None = None
+    hflip: float | None = None
+    vflip: float = 0.0
 
 
 def describe_size(size: tuple[int, int]) -> str:
@@ -191,9 +224,10 @@ def find_cfg(name: str, flag: str = "--model") -> timm.models.PretrainedCfg:
         names = timm.list_models()
         part = name.lower().replace("-", "_")
         near = [n for n in names if part in n] or difflib.get_close_matches(name, names) or timm.list_models("dhvt*")
-        raise InputError(f"{flag} {name}: no such model; for example {', '.join(near[:4])}")
+        raise InputError(f"{flag} {name}: no such model; for example {', '.join(near[:4])}; --import FILE adds yours")
     try:
-        return timm.get_pretrained_cfg(name)
+        # one's own may have none
+        return timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
     except RuntimeError as error:
         raise InputError(f"{flag} {name}: {error}; leave out what follows the dot") from None
 

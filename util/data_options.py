@@ -1,17 +1,43 @@
 """The flags of main.py on training images, and the configurations made of them: data set and augmentation."""
 
 import argparse
+import difflib
 from argparse import BooleanOptionalAction
 from dataclasses import replace
+from typing import Any
 
 import torch
+from timm.data import Mixup
 
-from util.command import below_one, fraction, nonnegative_float, nonnegative_int, positive_int
-from util.config import DATA_SETS, FOLDER_DATA_SETS, AugmentConfig, DataConfig
+from util.command import (
+    below_one,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    number,
+    open_fraction,
+    positive_float,
+    positive_int,
+)
+from util.config import DATA_SETS, FOLDER_DATA_SETS, SPLIT_FIELDS, AugmentConfig, DataConfig, find_cfg
 from util.errors import InputError
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 NO_EFFECT = "accepted for old command lines, no effect"
+
+# other names of data sets
+ALIASES = {"cifar100": "CIFAR", "cifar-100": "CIFAR", "imagenet": "IMNET"}
+
+
+def data_set(word: str) -> str:
+    """Return the name of `DATA_SETS` that a word spells in upper or lower case. Raises ArgumentTypeError."""
+    names = {name.lower(): name for name in DATA_SETS}
+    if word.lower() in names:
+        return names[word.lower()]
+    near = difflib.get_close_matches(word.lower(), names | ALIASES, n=1)
+    hint = f"did you mean {(names | ALIASES)[near[0]]}?" if near else f"choose from {', '.join(DATA_SETS)}"
+    raise argparse.ArgumentTypeError(f"{word}: no such data set; {hint}")
+
 
 # spellings, type, default and help, see add_flags
 AUGMENT_FLAGS = (
@@ -20,6 +46,17 @@ AUGMENT_FLAGS = (
     ("--smoothing", below_one, 0.1, "label smoothing"),
     ("--ThreeAugment", bool, False, "DeiT III's augmentation: grey, solarise or blur, color jitter"),
     ("--src", bool, False, "with --ThreeAugment: resize and random crop, no random resized crop"),
+    (
+        "--crop",
+        ("rrc", "pad", "squash"),
+        None,
+        "rrc: random resized crop; pad: resize the short side, random crop padded by 4 px; squash: resize to height "
+        "and width; pad and squash evaluate whole images; default: pad where images come in --input-size, else rrc",
+    ),
+    ("--scale", [open_fraction] * 2, None, "least and largest share of the image in a random resized crop"),
+    ("--ratio", [positive_float] * 2, None, "least and largest width / height of a random resized crop"),
+    ("--hflip", fraction, None, "probability of mirroring; default: 0.5, or 0 where it makes another class (digits)"),
+    ("--vflip", fraction, 0.0, "probability of turning images upside down"),
     (
         "--train-interpolation",
         ("random", "bilinear", "bicubic"),
@@ -43,17 +80,29 @@ AUGMENT_FLAGS = (
     ("--mixup-prob", fraction, 1.0, "probability of mixup or cutmix per batch"),
     ("--mixup-switch-prob", fraction, 0.5, "probability of cutmix where both are on"),
     ("--mixup-mode", ("batch", "pair", "elem"), "batch", "draw per batch, pair or image"),
+    ("--mixup-off-epoch", nonnegative_int, 0, "first epoch without mixup and cutmix; 0: none"),
 )
 DATA_FLAGS = (
     (
         "--data-set",
-        DATA_SETS,
+        {"type": data_set, "choices": DATA_SETS},
         "IMNET",
         "FOLDER: any train/CLASS/ and val/CLASS/; DIGITS needs no data; docs/small_data.md lists downloadable ones",
     ),
     ("--data-path", str, None, "folder of the data"),
     ("--train-split", str, "train", "name of the folder of training images, where they are in class folders"),
     ("--val-split", str, "val", "name of the folder of validation images"),
+    ("--train-fraction", open_fraction, 1.0, "train on this share of each class's training images"),
+    ("--val-fraction", below_one, 0.0, "hold out this share of them for validation, and leave the test split alone"),
+    ("--folds", number(int, lambda v: v == 0 or v > 1, "0 or at least 2"), 0, "hold out one of so many folds instead"),
+    ("--fold", nonnegative_int, 0, "number of the fold that is held out, from 0"),
+    ("--split-seed", nonnegative_int, 0, "seed of these splits"),
+    (
+        "--split",
+        ("val", "test"),
+        "val",
+        "with --eval and --visualize: test is the data's own split, despite a hold-out",
+    ),
     ("--use-lmdb", bool, False, "read train.lmdb and val.lmdb, which folder2lmdb.py writes"),
     ("--inat-category", INAT_CATEGORIES, "name", "what counts as a class of iNaturalist"),
     ("--transform", ("fast", "timm"), "fast", "timm: the reference augmentation, slower"),
@@ -62,10 +111,18 @@ DATA_FLAGS = (
 )
 
 
-def data_config(args: argparse.Namespace, device: torch.device, saved: DataConfig | None = None) -> DataConfig:
-    """Return the data set that the flags describe, or a checkpoint's, `saved`, as far as flags were not given."""
+def data_config(
+    args: argparse.Namespace,
+    device: torch.device,
+    saved: DataConfig | None = None,
+    resumed: DataConfig | None = None,
+) -> DataConfig:
+    """Return the data set that the flags describe, or a checkpoint's, `saved`, as far as flags were not given.
+
+    `resumed` is that of a run that goes on. Raises InputError for flags that contradict each other or a checkpoint.
+    """
     flags = {"name": "data_set", "root": "data_path", "lmdb": "use_lmdb"}
-    flags |= {name: name for name in ("inat_category", "train_split", "val_split")}
+    flags |= {name: name for name in ("inat_category", "train_split", "val_split", *SPLIT_FIELDS)}
     values = {name: getattr(args, flag) for name, flag in flags.items() if saved is None or flag in args.given}
     # how images are read is this machine's business, and not the checkpoint's
     data = replace(
@@ -77,7 +134,38 @@ def data_config(args: argparse.Namespace, device: torch.device, saved: DataConfi
     )
     if data.name not in FOLDER_DATA_SETS and args.given & {"train_split", "val_split"}:
         raise InputError(f"--train-split and --val-split: --data-set {data.name} has its own splits; leave them out")
-    return data
+    if data.val_fraction and data.folds:
+        raise InputError("--val-fraction and --folds both hold images out: give one of the two")
+    if "fold" in args.given and data.fold >= data.folds:
+        raise InputError(f"--fold {data.fold} must be below --folds, which is {data.folds}: change one of them")
+    check_split(saved or resumed or data, data)
+    return replace(data, val_fraction=0.0, folds=0) if args.split == "test" else data
+
+
+def check_split(saved: DataConfig, data: DataConfig) -> None:
+    """Refuse to train or validate a checkpoint on other parts of the training split than its own. Raises InputError."""
+    for name in SPLIT_FIELDS:
+        before, now = getattr(saved, name), getattr(data, name)
+        if before != now:
+            raise InputError(
+                f"--{name.replace('_', '-')} {now:g}: the checkpoint was trained with {before:g}, and images of "
+                "training and validation would mix; give the same, --split test to evaluate, or start anew"
+            )
+
+
+def pretrained_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how timm evaluates its weights, as fields of ModelConfig, where flags do not say it. Raises InputError."""
+    if args.finetune:
+        raise InputError("--pretrained and --finetune both start from weights: give one")
+    cfg = find_cfg(args.model)
+    if not cfg.has_weights:
+        raise InputError(f"--pretrained: timm has no weights of {args.model}; train it, or give --finetune FILE")
+    fields = {"interpolation": cfg.interpolation}
+    if args.crop not in ("pad", "squash"):
+        fields["crop_mode"] = cfg.crop_mode
+        if "eval_crop_ratio" not in args.given:
+            fields["crop_ratio"] = cfg.crop_pct
+    return fields | {name: getattr(cfg, name) for name in ("mean", "std") if name not in args.given}
 
 
 def augment_config(args: argparse.Namespace) -> AugmentConfig:
@@ -91,4 +179,29 @@ def augment_config(args: argparse.Namespace) -> AugmentConfig:
         recount=args.recount,
         three_augment=args.ThreeAugment,
         src=args.src,
+        crop=args.crop,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+    )
+
+
+def is_mixup_active(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Return mixup and cutmix as the flags describe them, None where both are off."""
+    if not is_mixup_active(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
     )

@@ -26,6 +26,7 @@ from util.config import ModelConfig, describe_size
 from util.distributed import print0
 from util.errors import InputError, NonFiniteLossError
 from util.precision import Precision
+from util.weights import first_line
 
 # the panels of curves.png: keys of log.txt and their labels
 CURVES = {
@@ -92,7 +93,7 @@ class EpochProgress:
 
 
 class RunLog:
-    """The files of a run besides its checkpoints: rank 0 writes them if there is a folder.
+    """The files of a run besides its checkpoints: rank 0 writes them if there is a folder, and to Weights & Biases.
 
     Raises InputError where a file cannot be written. As a context it is closed however the run ends, and the last line
     of a run that diverged says so.
@@ -103,6 +104,7 @@ class RunLog:
         # closing it releases the lock, if there is one
         self.lock = contextlib.ExitStack()
         self.events = None
+        self.wandb = None
 
     def __enter__(self) -> "RunLog":
         return self
@@ -112,6 +114,10 @@ class RunLog:
             finished = [line["epoch"] for line in self.read()]
             self.log_epoch({"epoch": max(finished, default=-1) + 1, "diverged": True})
         self.close()
+        if self.wandb is not None:
+            # its process may have died of the signal that stops this one
+            with contextlib.suppress(ConnectionError):
+                self.wandb.finish(exit_code=int(error is not None))
 
     def start(self, record: dict, start_epoch: int) -> None:
         """Create and lock the folder, write `record` as args.json, and drop log.txt's lines from `start_epoch` on."""
@@ -128,6 +134,38 @@ class RunLog:
                 file.write(lines.encode())
             # not SummaryWriter: a full disk ends its thread, and the run would wait for that forever
             self.events = EventsWriter(f"{self.folder}/runs/events")
+
+    def start_wandb(self, project: str, run_id: str | None) -> str:
+        """Log to Weights & Biases too, to its run `run_id` or a new one; return its id. Raises InputError."""
+        try:
+            # slow, and an extra
+            import wandb
+
+            self.wandb = wandb.init(
+                project=project,
+                name=self.folder.name,
+                dir=self.folder,
+                config=json.loads((self.folder / "args.json").read_text()),
+                id=run_id,
+                resume="allow",
+                reinit="create_new",
+            )
+        except ImportError:
+            raise InputError("--log-wandb needs wandb: pip install -r requirements-extra.txt") from None
+        except wandb.Error as error:
+            raise InputError(f"--log-wandb {project}: {first_line(error)}; or set WANDB_MODE=offline") from None
+        # what is logged per epoch is drawn by epoch, the rest by update
+        for name in ("loss", "lr", "keep_rate", "train_*", "test_*"):
+            self.wandb.define_metric(name, step_metric="epoch" if "_*" in name else "update")
+        return self.wandb.id
+
+    def _log_to_wandb(self, **values: float) -> None:
+        try:
+            if self.wandb is not None:
+                self.wandb.log(values)
+        except ConnectionError as error:
+            print0(f"--log-wandb: {error}; the run goes on without it")
+            self.wandb = None
 
     def _lock_folder(self) -> None:
         """Lock the folder until `close`, or until this process ends in whatever way. Raises InputError."""
@@ -158,7 +196,7 @@ class RunLog:
         lr: float,
         keep_rate_schedule: Callable[[int], float] | None = None,
     ) -> None:
-        """Log the losses of updates from `first_step` on to TensorBoard, and `keep_rate_schedule` each.
+        """Log the losses of updates from `first_step` on, with the learning rate and `keep_rate_schedule` of each.
 
         Steps count the updates of all epochs.
         """
@@ -166,9 +204,11 @@ class RunLog:
             return
         with explain_write_errors(self.folder):
             for step, loss in enumerate(losses, first_step):
-                self._add_scalars(step, loss=loss, lr=lr)
+                scalars = {"loss": loss, "lr": lr}
                 if keep_rate_schedule is not None:
-                    self._add_scalars(step, keep_rate=keep_rate_schedule(step))
+                    scalars["keep_rate"] = keep_rate_schedule(step)
+                self._add_scalars(step, **scalars)
+                self._log_to_wandb(update=step, **scalars)
 
     def _add_scalars(self, step: int, **scalars: float) -> None:
         for name, value in scalars.items():
@@ -176,7 +216,7 @@ class RunLog:
             self.events.write_event(event)
 
     def log_epoch(self, line: dict) -> None:
-        """Append a line to log.txt, log its train_ and test_ numbers to TensorBoard, and draw curves.png."""
+        """Append a line to log.txt, log its numbers to TensorBoard and Weights & Biases, and draw curves.png."""
         if self.folder is None:
             return
         scalars = {name: value for name, value in line.items() if name.startswith(("train_", "test_"))}
@@ -189,6 +229,7 @@ class RunLog:
             # every epoch, so that a run can be followed and an interrupted one has them
             with open_atomic(self.folder / "curves.png") as file:
                 draw_curves(self.read(), self.folder.name).savefig(file, dpi=150)
+        self._log_to_wandb(**line)
 
     def read(self) -> list[dict]:
         """Return the lines of log.txt, of epochs in the order in which they ended."""
@@ -272,8 +313,8 @@ def print_run_summary(state: TrainState, images: int, test_images: int, distinct
     print_reduction(state.model, state.config)
     repeated = " (--repeated-aug)" if args["repeated_aug"] else ""
     print0(
-        f"{images} training and {test_images} test images; an epoch of {updates} updates shows {distinct} distinct "
-        f"images{repeated}"
+        f"{images} training and {test_images} validation images ({state.data.describe_validation()}); an epoch of "
+        f"{updates} updates shows {distinct} distinct images{repeated}"
     )
 
     # Defaults that surprise in short runs and in fine-tuning
@@ -283,13 +324,15 @@ def print_run_summary(state: TrainState, images: int, test_images: int, distinct
         print0("The model stays in eval mode: batch norms are frozen, no drop path (--no-train-mode)")
     elif args["finetune"]:
         print0("Fine-tuning in train mode: batch norms follow the data; --no-train-mode freezes them, as published")
+    lr = max(group["initial_lr"] for group in state.optimizer.param_groups)
+    if lr < args["min_lr"]:
+        print0(f"The learning rate {lr:g} is below --min-lr {args['min_lr']:g}: raise --lr, or add --unscale-lr")
     remaining = args["model_ema_decay"] ** (updates * epochs)
-    if state.ema is not None and remaining > 0.1:
-        # with a tenth of the updates as its time constant an EMA forgets all but e^-10 of its start
-        decay = max(0.0, 1 - 10 / (updates * epochs))
+    # with warm-up the EMA begins as the weights after the first update
+    if state.ema is not None and not args["model_ema_warmup"] and remaining > 0.1:
         print0(
             f"--model-ema-decay {args['model_ema_decay']:g}: the EMA will hold {remaining:.0%} of the initial weights; "
-            f"for example {decay:.4g} forgets them"
+            "lower it, or add --model-ema-warmup"
         )
 
 
@@ -310,7 +353,7 @@ def describe_run(state: TrainState, precision: Precision) -> dict[str, Any]:
 
 def print_accuracy(test: dict[str, Any]) -> None:
     print0(f"* Acc@1 {test['acc1']:.3f} Acc@{test['topk']} {test['acc5']:.3f} loss {test['loss']:.3f}")
-    print0(f"Accuracy of the network on the {test['count']} test images: {test['acc1']:.1f}%")
+    print0(f"Accuracy of the network on {test['count']} images: {test['acc1']:.1f}%")
 
 
 def describe_speed(row: dict[str, Any]) -> str:
@@ -345,7 +388,8 @@ def print_best(state: TrainState) -> None:
     best = state.folder / "best_checkpoint.pth"
     # a run that was resumed in another folder may have had its best epoch before
     file = best if best.exists() else state.folder / "checkpoint.pth"
-    print0(f"{text}; evaluate it with: python main.py --eval --resume {shlex.quote(str(file))}")
+    test = " --split test" if state.data.holds_out else ""
+    print0(f"{text}; evaluate it with: python main.py --eval --resume {shlex.quote(str(file))}{test}")
 
 
 def log_line(state: TrainState, stats: dict[str, float], test: dict[str, float]) -> dict[str, float]:

@@ -1,27 +1,38 @@
 """What trains a model: optimizer, learning rate schedule, criterion, and which part of the model is trained."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from util.distributed import print0
 from util.errors import InputError
 from util.weights import classifier_names, first_line, is_below
 
 
-def build_optimizer(model: nn.Module, device: torch.device, opt: str, **kwargs) -> torch.optim.Optimizer:
-    """Return any of timm's optimizers; `kwargs` are those of `create_optimizer_v2`. Raises InputError."""
+def build_optimizer(
+    model: nn.Module, device: torch.device, opt: str, opt_kwargs: dict | None = None, **kwargs
+) -> torch.optim.Optimizer:
+    """Return any of timm's optimizers; `kwargs` and `opt_kwargs` are those of `create_optimizer_v2`.
+
+    Raises InputError, for an argument that is in both too.
+    """
+    opt_kwargs = opt_kwargs or {}
     # one kernel for all parameters, which torch has for these
     if device.type in ("cpu", "cuda") and opt.lower() in ("adam", "adamw"):
-        kwargs["fused"] = True
+        opt_kwargs = {"fused": True, **opt_kwargs}
     try:
-        return create_optimizer_v2(model, opt, **kwargs)
-    except (ValueError, TypeError, AssertionError, KeyError) as error:
-        raise InputError(f"--opt {opt}: {first_line(error)}; timm.optim.list_optimizers() names them all") from None
+        return create_optimizer_v2(model, opt, **kwargs, **opt_kwargs)
+    except (ValueError, TypeError, AssertionError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"--opt {opt}: {first_line(error)}; change --opt-kwargs, or --opt, which timm.optim.list_optimizers() names"
+        ) from None
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, sched: str, **kwargs) -> Scheduler:
@@ -30,13 +41,28 @@ def build_scheduler(optimizer: torch.optim.Optimizer, sched: str, **kwargs) -> S
     return scheduler
 
 
-def build_criterion(mixup: Mixup | None, smoothing: float, bce_loss: bool) -> nn.Module:
-    """Return the loss of (logits, targets)."""
-    # every class that mixup shows in part is there: its target is 1
+def balance_classes(targets: Sequence[int] | None, num_classes: int) -> Tensor:
+    """Return weights [classes] in inverse proportion to the classes' images, with mean 1 over the images.
+
+    A class without images weighs nothing. Raises InputError for `targets` None.
+    """
+    from sklearn.utils.class_weight import compute_class_weight
+
+    if targets is None:
+        raise InputError("--class-weights balanced: this database does not list its labels; leave it out")
+    weights = torch.zeros(num_classes)
+    present = np.unique(targets)
+    weights[present] = torch.from_numpy(compute_class_weight("balanced", classes=present, y=targets)).float()
+    return weights
+
+
+def build_criterion(mixup: Mixup | None, smoothing: float, bce_loss: bool, weights: Tensor | None = None) -> nn.Module:
+    """Return the loss of (logits, targets); `weights` [classes] scale that of each class."""
+    # a class with any share of a mixed image counts as present
     if bce_loss:
-        return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+        return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0, pos_weight=weights)
     # mixup smooths its targets itself
-    return nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else smoothing)
+    return nn.CrossEntropyLoss(weights, label_smoothing=0.0 if mixup else smoothing)
 
 
 def freeze(model: nn.Module, what: str) -> list[nn.Module]:

@@ -3,11 +3,14 @@
 import argparse
 import re
 from argparse import BooleanOptionalAction
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from util.command import (
     MODEL_FLAGS,
+    KeyValues,
     Parser,
     add_flags,
     below_one,
@@ -18,10 +21,12 @@ from util.command import (
     parse_size,
     positive_float,
     positive_int,
+    read_config,
 )
 from util.config import ModelConfig, resolve_input_size
-from util.data_options import AUGMENT_FLAGS, DATA_FLAGS, NO_EFFECT
+from util.data_options import AUGMENT_FLAGS, DATA_FLAGS, NO_EFFECT, is_mixup_active, pretrained_fields
 from util.errors import InputError
+from util.keep_rate import keep_rate_at
 from util.precision import AMP_FLAG
 
 # timm's, except plateau: it is no function of the epoch, which a resumed run needs
@@ -40,6 +45,7 @@ EXAMPLES = """examples:
 # groups of flags: spellings, type, default and help, see add_flags
 FLAGS = {
     "run": (
+        ("--config -c", str, None, "YAML or JSON file of flags, a run's args.json too; flags that are given win"),
         ("--batch-size", positive_int, 64, "batch size per process"),
         ("--epochs", positive_int, 300, "number of epochs to train"),
         ("--accum-steps", positive_int, 1, "gradient accumulation: batches per update"),
@@ -48,6 +54,8 @@ FLAGS = {
         ("--start_epoch", nonnegative_int, 0, "first epoch, for a checkpoint that does not hold its own"),
         ("--checkpoint-interval", positive_float, None, "save within epochs too, every so many minutes"),
         ("--keep-checkpoints", positive_int, 2, "number of latest epochs whose checkpoints are kept"),
+        ("--log-wandb", str, "", "also log to this project of Weights & Biases (requirements-extra.txt)"),
+        ("--save-images", bool, False, "draw the first training batch, as the model sees it, to train_images.png"),
         ("--eval", bool, False, "evaluate the checkpoint of --resume and exit"),
         ("--report", str, None, "with --eval: folder for metrics, confusion matrix, predictions and worst mistakes"),
         ("--use-ema", bool, False, "with --eval, --finetune and --visualize: use the EMA weights"),
@@ -63,6 +71,12 @@ FLAGS = {
         AMP_FLAG,
         ("--tf32", bool, False, "compute float32 matrix products of CUDA devices in TensorFloat-32"),
         ("--compile", bool, False, "torch.compile: minutes at the start, faster afterwards"),
+        (
+            "--torchcompile-mode",
+            ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+            "default",
+            "with --compile: what torch.compile optimizes for",
+        ),
         ("--channels-last", bool, False, "channels-last memory format, for convolutional models"),
         ("--grad-checkpointing", bool, False, "recompute activations in the backward pass: less memory"),
         ("--speed-batch-size", positive_int, None, "for --test_speed and --only_test_speed; default: --batch-size"),
@@ -74,9 +88,11 @@ FLAGS = {
         ("--drop-path", below_one, 0.1, "maximum stochastic depth rate; rises linearly over the blocks"),
         ("--model-ema", BooleanOptionalAction, True, "keep and evaluate an EMA of the weights"),
         ("--model-ema-decay", fraction, 0.99996, "decay of the EMA per update"),
+        ("--model-ema-warmup", bool, False, "raise the EMA's decay from 0 to --model-ema-decay, as timm does"),
         ("--model-ema-force-cpu", bool, False, "keep the EMA on the CPU"),
     ),
     "fine-tuning": (
+        ("--pretrained", bool, False, "start from timm's weights of a model, or with --eval and --visualize use them"),
         ("--finetune", str, "", "weights to start from; a head of another shape starts anew"),
         ("--freeze", str, "", "train the head alone, or the last N blocks, norm and head"),
         ("--layer-decay", open_fraction, None, "layer-wise learning rate decay, for example 0.75"),
@@ -91,6 +107,7 @@ FLAGS = {
         ("--opt", str, "adamw", "any optimizer of timm"),
         ("--opt-eps", nonnegative_float, 1e-8, "epsilon of the optimizer"),
         ("--opt-betas", [below_one], None, "betas of the optimizer; default: the optimizer's"),
+        ("--opt-kwargs", KeyValues, {}, "other KEY=VALUE arguments of the optimizer, for example amsgrad=true"),
         ("--momentum", below_one, 0.9, "momentum of SGD and its kind"),
         ("--weight-decay", nonnegative_float, 0.05, "weight decay"),
         ("--clip-grad", positive_float, None, "clip gradients to this norm; default: no clipping"),
@@ -114,15 +131,17 @@ FLAGS = {
         ("--patience-epochs", int, 10, NO_EFFECT),
         ("--decay-rate --dr", positive_float, 0.1, "decay factor, with --sched step"),
         ("--bce-loss", bool, False, "binary cross-entropy; every target above 0 becomes 1"),
+        ("--class-weights", ("none", "balanced"), "none", "balanced: rare classes weigh more in the training loss"),
     ),
     "augmentation": AUGMENT_FLAGS,
     "data": DATA_FLAGS,
     "distillation": (
         ("--teacher-model", str, "regnety_160", "any model of timm, where the teacher's file does not say it"),
         ("--teacher-path", str, "", "checkpoint of the teacher"),
-        ("--distillation-type", ("none", "soft", "hard"), "none", "what the teacher gives"),
+        ("--distillation-type", ("none", "soft", "hard"), "none", "what the teacher gives to a distillation head"),
+        ("--kd", bool, False, "distil the teacher's logits into the only head of any model, as timm does"),
         ("--distillation-alpha", fraction, 0.5, "weight of the distillation loss"),
-        ("--distillation-tau", positive_float, 1.0, "temperature of soft distillation"),
+        ("--distillation-tau", positive_float, 1.0, "temperature of soft distillation and --kd"),
     ),
     "pictures of what a checkpoint looks at": (
         ("--visualize", VISUALIZATIONS, None, "write pictures of a kind and exit; README explains the kinds"),
@@ -162,6 +181,8 @@ def build_parser() -> Parser:
         base_keep_rate=0.7,
         fuse_token=False,
         drop_loc="(3, 6, 9)",
+        mean=ModelConfig.mean,
+        std=ModelConfig.std,
     )
     for title, rows in FLAGS.items():
         add_flags(parser.add_argument_group(title), rows)
@@ -170,11 +191,16 @@ def build_parser() -> Parser:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse and check a command line. Raises InputError."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.config:
+        # later words win
+        args = parser.parse_args([*read_config(args.config, parser), *argv])
     check_values(args)
     check_modes(args)
     if not (args.eval or args.only_test_speed or visualization_mode(args)):
         check_training(args)
+        check_distillation(args)
     # a checkpoint may be of another model than --model
     if not is_evit(args.model) and not args.resume:
         for name in EVIT_FLAGS:
@@ -195,8 +221,9 @@ def visualization_mode(args: argparse.Namespace) -> str:
     return "attention" if args.visualize_attention else args.visualize or ""
 
 
-def is_mixup_active(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+def distillation_kind(args: argparse.Namespace) -> str:
+    """Return what DistillationLoss calls the kind of distillation, "none" without one."""
+    return "kd" if args.kd else args.distillation_type
 
 
 def check_values(args: argparse.Namespace) -> None:
@@ -210,10 +237,15 @@ def check_values(args: argparse.Namespace) -> None:
     minmax = args.cutmix_minmax
     if minmax is not None and (len(minmax) != 2 or minmax[0] >= minmax[1]):
         raise InputError(f"--cutmix-minmax {' '.join(map(str, minmax))}: give a minimum and a larger maximum")
+    for name in ("scale", "ratio"):
+        bounds = getattr(args, name)
+        if bounds is not None and bounds[0] > bounds[1]:
+            raise InputError(f"--{name} {bounds[0]:g} {bounds[1]:g}: give the minimum first")
     if not re.fullmatch(r"head|\d*", args.freeze):
         raise InputError(f"--freeze {args.freeze}: give head, or the number of blocks to train")
     # these serve more than the model: transforms, classes, and the schedule of the keep rate
     flags = {
+        "pretrained": "--pretrained",
         "img_size": "--input-size",
         "num_classes": "--nb-classes",
         "base_keep_rate": "--base_keep_rate",
@@ -222,6 +254,8 @@ def check_values(args: argparse.Namespace) -> None:
     }
     for name in flags.keys() & args.model_kwargs.keys():
         raise InputError(f"--model-kwargs {name}={args.model_kwargs[name]}: use {flags[name]}")
+    if "torchcompile_mode" in args.given and not args.compile:
+        raise InputError("--torchcompile-mode is for --compile: add it")
 
 
 def check_modes(args: argparse.Namespace) -> None:
@@ -234,14 +268,16 @@ def check_modes(args: argparse.Namespace) -> None:
     if mode and len(active) > 1:
         raise InputError(f"{' and '.join(active)}: give one at a time")
     # timm's own weights need no file
-    if (args.eval or mode) and not args.resume and not args.model_kwargs.get("pretrained"):
-        raise InputError(f"{active[0]} needs a checkpoint: add --resume FILE")
+    if (args.eval or mode) and not args.resume and not args.pretrained:
+        raise InputError(f"{active[0]} needs a checkpoint: add --resume FILE, or --pretrained for timm's weights")
 
     # flags without effect in this mode
     if args.use_ema and not (args.eval or args.finetune or mode):
         raise InputError("--use-ema is for --eval, --finetune and --visualize: leave it out")
     if args.report and not args.eval:
         raise InputError("--report is for --eval: add it")
+    if "split" in args.given and not (args.eval or mode):
+        raise InputError("--split is for --eval and --visualize: leave it out")
     for name in ("image_dir", "blocks", "format", "npz"):
         if name in args.given and not mode:
             raise InputError(f"--{name.replace('_', '-')} is for --visualize KIND: add it")
@@ -253,8 +289,13 @@ def check_modes(args: argparse.Namespace) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Raise InputError for flags of training that contradict each other."""
-    distilled = args.distillation_type != "none"
+    for flag, value in {"--log-wandb": args.log_wandb, "--save-images": args.save_images}.items():
+        if value and not args.output_dir:
+            raise InputError(f"{flag} writes to --output_dir: give one")
     mixup = is_mixup_active(args)
+    crops = [name for name in ("src", "crop", "scale", "ratio") if name in args.given]
+    if len(crops) > 1 and (args.src or args.crop in ("pad", "squash")):
+        raise InputError(f"--{' and --'.join(crops)}: give one crop; --scale and --ratio are of --crop rrc")
     # timm mixes the images of a batch in pairs
     if mixup and args.batch_size % 2:
         raise InputError(f"--batch-size {args.batch_size} must be even for mixup and cutmix (or --mixup 0 --cutmix 0)")
@@ -263,12 +304,26 @@ def check_training(args: argparse.Namespace) -> None:
         raise InputError(
             f"--bce-loss with --smoothing {args.smoothing:g} makes every target 1 under mixup: add --smoothing 0"
         )
-    if distilled and not args.teacher_path:
-        raise InputError(f"--distillation-type {args.distillation_type} needs --teacher-path FILE")
-    if distilled and not args.train_mode:
-        raise InputError("--no-train-mode averages the two heads that distillation trains apart: leave it out")
+    if args.mixup_off_epoch and not mixup:
+        raise InputError(f"--mixup-off-epoch {args.mixup_off_epoch}: mixup and cutmix are off; leave it out")
+    if args.model_ema_warmup and not args.model_ema:
+        raise InputError("--model-ema-warmup is for the EMA, which --no-model-ema leaves out: give one")
     if not args.resume and args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch} must be below --epochs {args.epochs}")
+
+
+def check_distillation(args: argparse.Namespace) -> None:
+    """Raise InputError for flags of distillation that contradict each other."""
+    distilled = args.distillation_type != "none"
+    flag = f"--distillation-type {args.distillation_type}" if distilled else "--kd"
+    if args.kd and distilled:
+        raise InputError(f"--kd and {flag}: give one")
+    if (args.kd or distilled) and not args.teacher_path:
+        raise InputError(f"{flag} needs --teacher-path FILE")
+    if args.teacher_path and not (args.kd or distilled):
+        raise InputError("--teacher-path is for --distillation-type and --kd: add one")
+    if distilled and not args.train_mode:
+        raise InputError("--no-train-mode averages the two heads that distillation trains apart: leave it out")
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
@@ -282,13 +337,21 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
         kwargs["base_keep_rate"] = args.base_keep_rate
         kwargs["fuse_token"] = args.fuse_token
         kwargs["drop_loc"] = args.drop_loc
-    return ModelConfig(
+    if args.pretrained:
+        kwargs["pretrained"] = True
+    # evaluation shows as much of an image as training does
+    whole = args.crop in ("pad", "squash") and "eval_crop_ratio" not in args.given
+    config = ModelConfig(
         name=args.model,
         num_classes=args.nb_classes,
         input_size=resolve_input_size(args.model, parse_size(args.input_size)),
         kwargs=kwargs | args.model_kwargs,
-        crop_ratio=args.eval_crop_ratio,
+        crop_ratio=1.0 if whole else args.eval_crop_ratio,
+        crop_mode="squash" if args.crop == "squash" else "center",
+        mean=args.mean,
+        std=args.std,
     )
+    return replace(config, **pretrained_fields(args)) if args.pretrained else config
 
 
 def model_overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -298,6 +361,8 @@ def model_overrides(args: argparse.Namespace) -> dict[str, Any]:
         "kwargs": "model_kwargs",
         "num_classes": "nb_classes",
         "crop_ratio": "eval_crop_ratio",
+        "mean": "mean",
+        "std": "std",
         "base_keep_rate": "base_keep_rate",
         "fuse_token": "fuse_token",
         "drop_loc": "drop_loc",
@@ -306,6 +371,19 @@ def model_overrides(args: argparse.Namespace) -> dict[str, Any]:
     if args.input_size:
         overrides["input_size"] = parse_size(args.input_size)
     return overrides
+
+
+def keep_rate_schedule(args: argparse.Namespace, updates_per_epoch: int) -> Callable[[int], float] | None:
+    """Return EViT's keep rate at an update, counted over all epochs; None for other models."""
+    if not is_evit(args.model):
+        return None
+    return partial(
+        keep_rate_at,
+        start_epoch=args.shrink_start_epoch,
+        end_epoch=args.shrink_start_epoch + args.shrink_epochs,
+        iterations_per_epoch=updates_per_epoch,
+        base_rate=args.base_keep_rate,
+    )
 
 
 def scale_lr(args: argparse.Namespace, processes: int) -> tuple[float, str]:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util import distributed
 from util.attention import undo_normalization
+from util.checkpoint import TrainState, explain_write_errors, open_atomic
 from util.config import ModelConfig
 from util.distributed import print0
 
@@ -42,7 +44,8 @@ def write_report(
 
     # Numbers
     scalars, columns, confusion = measure(targets, predicted, probabilities)
-    (folder / "report.json").write_text(json.dumps(scalars, indent=1))
+    with open_atomic(folder / "report.json") as file:
+        file.write(json.dumps(scalars, indent=1).encode())
     write_csv(folder / "classes.csv", ["class", "images", "accuracy", "precision", "f1"], classes, *columns)
     write_csv(folder / "confusion.csv", ["label", *classes], classes, *confusion.T)
     header = ["file", "label", "prediction", *classes]
@@ -50,23 +53,57 @@ def write_report(
 
     # Pictures
     draw_confusion(confusion, classes).savefig(folder / "confusion.png", dpi=200)
-    figure = Figure((17, 11))
     confidence = probabilities.max(axis=1)
     order = np.argsort(-confidence, kind="stable")
     worst = order[predicted[order] != targets[order]][:32].tolist()
-    for place, i in enumerate(worst, start=1):
-        axes = figure.add_subplot(4, 8, place)
-        axes.imshow(undo_normalization(dataset[i][0], config))
-        # names may hold a dollar sign
-        text = f"{Path(files[i]).name[-40:]}\nlabel {labels[i]}\n{predictions[i]} ({confidence[i]:.2%})"
-        axes.set_title(text, fontsize=7, parse_math=False)
-        axes.set_axis_off()
     if worst:
-        figure.savefig(folder / "mistakes.png", dpi=200, bbox_inches="tight")
+        images = [dataset[i][0] for i in worst]
+        texts = [
+            f"{Path(files[i]).name[-40:]}\nlabel {labels[i]}\n{predictions[i]} ({confidence[i]:.2%})" for i in worst
+        ]
+        draw_images(images, texts, config).savefig(folder / "mistakes.png", dpi=200, bbox_inches="tight")
     else:
         print0("There are no mistakes, and no mistakes.png")
         (folder / "mistakes.png").unlink(missing_ok=True)
     print0(f"The report is in {folder}: {', '.join(f'{name} {value:.4g}' for name, value in scalars.items())}")
+
+
+def draw_images(images: Iterable[Tensor], texts: Iterable[str], config: ModelConfig) -> Figure:
+    """Draw up to 32 images [3, H, W], as datasets return them or normalized, each below its text."""
+    figure = Figure((17, 11))
+    for place, (image, text) in enumerate(zip(images, texts, strict=True), start=1):
+        axes = figure.add_subplot(4, 8, place)
+        axes.imshow(undo_normalization(image, config))
+        # names may hold a dollar sign
+        axes.set_title(text, fontsize=7, parse_math=False)
+        axes.set_axis_off()
+    return figure
+
+
+def draw_first_batch(criterion: nn.Module, state: TrainState) -> None:
+    """Draw the images of the first batch that `criterion` is called with to train_images.png, 32 of them at most.
+
+    Titles are the labels with their weights in mixup and cutmix; label smoothing is undone.
+    """
+
+    def draw(_, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        handle.remove()
+        images, _, targets = (batch[:32] for batch in inputs)
+        if targets.ndim == 1:
+            weights = F.one_hot(targets, len(state.classes)).float()  # B, classes
+        else:
+            smoothing = state.args["smoothing"]
+            weights = (targets - smoothing / targets.shape[1]) / (1 - smoothing)  # B, classes
+        texts = []
+        for row in weights.tolist():
+            # a head may have more outputs than the data has classes
+            mixed = sorted(zip(row, state.classes, strict=False), reverse=True)[:2]
+            texts.append("\n".join(f"{name} {weight:.0%}" for weight, name in mixed if weight > 0.005))
+        path = state.folder / "train_images.png"
+        with explain_write_errors(state.folder), open_atomic(path) as file:
+            draw_images(images, texts, state.config).savefig(file, dpi=200, bbox_inches="tight")
+
+    handle = criterion.register_forward_pre_hook(draw)
 
 
 def in_order(shares: list[tuple]) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,7 @@ def load(source: str | Path) -> dict[str, Any]:
                 "model": load_file(path / "model.safetensors"),
             }
         if not path.is_file():
-            raise InputError(f"{path}: no such checkpoint file; name one, for example best_checkpoint.pth")
+            raise InputError(f"{path}: not a file; name one, for example {Path(path) / 'best_checkpoint.pth'}")
         if path.suffix == ".safetensors":
             return {"model": load_file(path)}
         return normalize(load_pickle(path), source)
