@@ -7,7 +7,7 @@ from typing import Any
 from models.build import TrainedModel
 from util import options
 from util.checkpoint import FLAGS_WITHOUT_EFFECT
-from util.command import to_words
+from util.command import RESOLVED, to_words
 from util.config import DataConfig
 from util.log import RunLog, count_parameters
 
@@ -92,6 +92,9 @@ def describe_recipe(flags: dict[str, Any]) -> str:
     for name, default in vars(parser.parse_args([])).items():
         value = flags.get(name, default)
         if name in FLAGS_WITHOUT_EFFECT or str(value) == str(default):
+            continue
+        # the machine decided
+        if name in RESOLVED and name not in flags.get("given", ()):
             continue
         # paths
         if isinstance(value, str):

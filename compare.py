@@ -37,7 +37,6 @@ IGNORED = FLAGS_WITHOUT_EFFECT | {
     "fold",
     "split_seed",
     "data_path",
-    "given",
     "effective_batch",
     "effective_lr",
     "n_parameters",
@@ -185,15 +184,16 @@ def draw_by(name: str, groups: Sequence[list[dict]], path: Path) -> None:
         if name not in flags:
             raise InputError(f"--x {name}: no flag in which runs differ; for example lr or train_fraction")
         mean, std = mean_and_std([run["numbers"] for run in runs])
-        # names, and None, are shown as text
-        x = flags[name] if isinstance(flags[name], int | float) else str(flags[name])
-        lines[flags["model"]].append((x, mean[column], std[column]))
+        lines[flags["model"]].append((flags[name], mean[column], std[column]))
+    values = [x for points in lines.values() for x, *_ in points]
+    # names, and None, have no place between numbers
+    as_shown = float if all(isinstance(x, int | float) for x in values) else str
 
     figure = Figure((7, 5), layout="constrained")
     axes = figure.add_subplot(xlabel=name, ylabel=f"{titles[column]} accuracy (%)")
     axes.grid(alpha=0.3)
     for model, points in lines.items():
-        x, mean, std = zip(*sorted(points, key=lambda point: (isinstance(point[0], str), point)), strict=True)
+        x, mean, std = zip(*sorted((as_shown(x), *rest) for x, *rest in points), strict=True)
         axes.errorbar(
             x,
             mean,

@@ -163,7 +163,9 @@ def run_epochs(
 
 def build_initial_model(args: argparse.Namespace, config: ModelConfig, precision: Precision) -> nn.Module:
     """Return a model with new weights on the run's device, the same on every process."""
-    model = build.build_model(config, grad_checkpointing=args.grad_checkpointing)
+    # timm's weights are downloaded once
+    with distributed.primary_first() if args.pretrained else nullcontext():
+        model = build.build_model(config, grad_checkpointing=args.grad_checkpointing)
     # As published, SOPE's batch norms are synchronised over the processes, and DAFF's are not
     if isinstance(model, DHVT) and distributed.is_distributed():
         if precision.device.type == "cpu":
@@ -275,7 +277,8 @@ def load_for_inference(args: argparse.Namespace) -> build.TrainedModel:
     """Return the model of --resume, as its checkpoint says; flags that were given win."""
     if not args.resume:  # --pretrained
         config = options.model_config(args)
-        return build.TrainedModel(build.build_model(config).eval(), config, None, None, "timm")
+        with distributed.primary_first():
+            return build.TrainedModel(build.build_model(config).eval(), config, None, None, "timm")
     resume = resolve_resume(args.resume, args.output_dir)
     if not resume:
         raise InputError(f"--resume auto: no checkpoint in {args.output_dir}; name another folder")

@@ -2,7 +2,6 @@
 
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import Normalize
 
-from util import distributed
 from util.command import parse_block_numbers
 from util.config import DataConfig, ModelConfig, describe_size, find_cfg, is_native_size, resolve_input_size
 from util.distributed import print0
@@ -53,17 +50,14 @@ def build_model(config: ModelConfig, flag: str = "--model", grad_checkpointing: 
         kwargs["num_classes"] = config.num_classes
     if cfg.fixed_input_size:
         kwargs["img_size"] = config.input_size
-    # weights are downloaded once
-    in_turn = distributed.primary_first() if kwargs.get("pretrained") else nullcontext()
     try:
-        with in_turn:
-            try:
-                model = timm.create_model(config.name, **kwargs)
-            except TypeError:
-                # not every model has stochastic depth
-                if kwargs.pop("drop_path_rate", None) != DEFAULT_DROP_PATH:
-                    raise
-                model = timm.create_model(config.name, **kwargs)
+        try:
+            model = timm.create_model(config.name, **kwargs)
+        except TypeError:
+            # not every model has stochastic depth
+            if kwargs.pop("drop_path_rate", None) != DEFAULT_DROP_PATH:
+                raise
+            model = timm.create_model(config.name, **kwargs)
         if not hasattr(model, "pretrained_cfg"):
             raise ValueError("it has no pretrained_cfg; build it with timm's build_model_with_cfg")
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or config.input_size
@@ -272,10 +266,14 @@ def load_teacher(path: str, student: ModelConfig, default_name: str, **overrides
         )
     # it is called with the student's images
     if (*trained.config.mean, *trained.config.std) != (*student.mean, *student.std):
-        # x * s1 + m1 = pixels = y * s2 + m2
-        mean, std = (torch.tensor([getattr(c, name) for c in (student, trained.config)]) for name in ("mean", "std"))
-        renormalize = Normalize((mean[1] - mean[0]) / std[0], std[1] / std[0])
-        trained.model.register_forward_pre_hook(lambda _, inputs: renormalize(inputs[0]))
+        # pixels are x * s1 + m1 = y * s2 + m2
+        (m1, s1), (m2, s2) = [torch.tensor([c.mean, c.std])[..., None, None] for c in (student, trained.config)]
+        # buffers, which move to the run's device with the model
+        trained.model.register_buffer("renormalize_scale", s1 / s2)  # 3, 1, 1
+        trained.model.register_buffer("renormalize_shift", (m1 - m2) / s2)  # 3, 1, 1
+        trained.model.register_forward_pre_hook(
+            lambda model, inputs: inputs[0] * model.renormalize_scale + model.renormalize_shift
+        )
     return trained
 
 

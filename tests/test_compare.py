@@ -193,4 +193,12 @@ def test_accuracy_by_a_flag_is_that_on_the_test_set_where_all_runs_have_a_report
     assert means == (50.0, 50.0) and deit == 12.5
     assert deviations == (pytest.approx(statistics.stdev([25.0, 75.0])), 0.0)
 
+    # names among numbers
+    drawn.clear()
+    names = [*map(str, runs), "--x", "layer-decay", "--out", str(tmp_path / "out")]
+    record_decay = json.loads((runs[0] / "args.json").read_text()) | {"layer_decay": 0.75}
+    (runs[0] / "args.json").write_text(json.dumps(record_decay))
+    assert compare.main(names) == 0
+    assert drawn[0][1] == ("0.75", "None", "None")
+
     assert compare.main([*words[:-4], "--x", "depht", "--out", str(tmp_path)]) == 2

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from test_distributed import torchrun
 from timm.data import create_transform, resolve_data_config
 from timm.models import _builder
 
@@ -155,3 +156,33 @@ def test_a_failed_download_is_one_line(data, monkeypatch, capfd):
     assert main.main(f"--eval --pretrained --model {NET} {FLAGS} {data}".split()) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "--pretrained" in error and NET in error and "no network" in error
+
+
+# a stand-in of the hub that writes down which process asks
+HUB = """
+import os, time
+import engine, timm
+from timm.models import _builder
+
+# its speed need not be steady
+engine.STEADY = 100.0
+
+def load(*_, **__):
+    for word in ("begins", "ends"):
+        with open("loads.txt", "a") as file:
+            file.write(f"{os.environ['RANK']} {word}\\n")
+        time.sleep(0.2)
+    return timm.create_model("test_resnet").state_dict()
+
+_builder.load_state_dict_from_hf = load
+"""
+
+
+def test_rank_0_downloads_before_the_others_and_measures_speed_alone(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("hub.py").write_text(HUB)
+    words = f"--import hub.py --pretrained --model {NET} --test_speed --speed-batch-size 2 --input-size 32"
+    status, _, error = torchrun(2, *f"{words} {FLAGS} {data}".split())
+    assert status == 0, error
+    # for its speed, and for the run
+    assert Path("loads.txt").read_text().split("\n")[:-1] == ["0 begins", "0 ends"] * 2 + ["1 begins", "1 ends"]
