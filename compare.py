@@ -2,7 +2,8 @@
 
 A RUN is an --output_dir of main.py, whether finished or not, or a folder of such folders. Runs of as many epochs that
 differ in seeds or folds alone are one line, with mean ± standard deviation. A line is named by the flags in which it
-differs from others. Accuracy on the test set is that of a report in RUN/test (--eval --split test --report RUN/test).
+differs from others, or by its folder where those are many. Accuracy on the test set is that of a report in RUN/test
+(--eval --split test --report RUN/test).
 """
 
 import csv
@@ -92,6 +93,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     ]
     flags = {name: value for name, value in args.items() if name not in IGNORED}
     return {
+        "folder": str(folder),
         "args": args,
         "flags": flags | flags.pop("model_kwargs"),
         "curve": {line["epoch"]: line["test_acc1"] for line in tested},
@@ -118,12 +120,13 @@ def count_gmacs(args: dict[str, Any]) -> float:
 def describe_groups(groups: Sequence[list[dict]]) -> Iterator[str]:
     """Yield the flags in which each group of runs differs from another one, or the model's name if there are none."""
     all_flags = [runs[0]["flags"] for runs in groups]
-    for flags in all_flags:
+    for flags, runs in zip(all_flags, groups, strict=True):
         words = []
         for name, value in flags.items():
             if any(other.get(name) != value for other in all_flags):
                 words.append(value if name == "model" else f"{name}={value}")
-        yield " ".join(words) or flags["model"]
+        label = " ".join(words) or flags["model"]
+        yield label if len(label) <= 100 else runs[0]["folder"]
 
 
 def mean_and_std(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
@@ -210,7 +213,10 @@ def find_groups(words: Sequence[str]) -> tuple[list[list[dict]], list[list[str]]
     """Return the runs in folders, each once, grouped by the flags that tell them apart; and lines on unusable ones."""
     folders = {}
     for word in words:
-        for path in sorted(Path(word).rglob("args.json")) or [Path(word, "args.json")]:
+        paths = sorted(Path(word).rglob("args.json"))
+        if not paths:
+            raise InputError(f"{word}: no args.json in or below it; name the --output_dir of a run")
+        for path in paths:
             folders[path.parent.resolve()] = path.parent
 
     found = defaultdict(list)

@@ -162,8 +162,8 @@ def run(argv: list[str]) -> None:
     parser = Parser(prog="prepare.py", description=__doc__)
     data_sets = parser.add_subparsers(dest="data_set", required=True)
     for name, read in READERS.items():
-        subparser = data_sets.add_parser(name, help=read.__doc__)
-        subparser.add_argument("source", type=Path)
+        subparser = data_sets.add_parser(name, help=read.__doc__, description=read.__doc__)
+        subparser.add_argument("source", type=Path, help="that file or folder")
         add_flags(subparser, [SET_FLAG, OUT_FLAG] if name == "domainnet" else [OUT_FLAG])
     args = parser.parse_args(argv)
     out = args.out

@@ -104,7 +104,7 @@ set_row() {
 
 # Train a row of the recipe fashion, with flags of main.py after it.
 train_fashion() {
-    local row=$1 out=${OUT:-output/fashion/$1} model share rate best seed
+    local row=$1 out=${OUT:-output/fashion/$1} model share epochs rate best seed
     shift
     case ${row#*-} in
     dhvt) model=(dhvt_tiny_cifar_patch4) ;;
@@ -113,10 +113,10 @@ train_fashion() {
     cct) model=(cct_7_3x1_32) ;;
     esac
     # of 6,000 training images per class
-    [[ $row == 60-* ]] && share=0.01 || share=0.05
+    [[ $row == 60-* ]] && share=0.01 epochs=20 || share=0.05 epochs=10
     local train=(run python "$here/main.py" --model "${model[@]}" --data-set FASHION --data-path "$DATA"
         --train-fraction "$share" --val-fraction 0.1 --input-size 32 --crop pad --opt adamw
-        --weight-decay 0.05 --batch-size 32 --unscale-lr --epochs 20 --warmup-epochs 2 --no-repeated-aug
+        --weight-decay 0.05 --batch-size 32 --unscale-lr --epochs $epochs --warmup-epochs 2 --no-repeated-aug
         --model-ema-warmup --resume auto)
     for rate in 5e-4 1e-3 2e-3; do
         "${train[@]}" --lr $rate --output_dir "$out/rates/$rate" "$@"

@@ -49,7 +49,8 @@ def record_key(index: int) -> bytes:
 
 
 def rebuild_hint(path: str | Path) -> str:
-    return f"copy the file again or build it: python folder2lmdb.py --dir {os.path.dirname(path) or '.'} --overwrite"
+    replace = " --overwrite" if os.path.exists(path) else ""
+    return f"copy the file again or build it: python folder2lmdb.py --dir {os.path.dirname(path) or '.'}{replace}"
 
 
 class ImagePaths(Sequence):

@@ -131,12 +131,23 @@ def load_trained(
     if resample_pos_embed(model, weights, trained.get("input_size")):
         print0(f"{path}: its position embedding is resampled")
     if trained.get("name") not in (None, config.name):
-        remedy = remedy or f"it is of --model {str(trained['name'])[:80]}"
+        remedy = remedy or describe_trained(trained)
     load_weights(model, weights, path, remedy)
     print_differences(trained, config, path)
     # within an epoch it has no accuracy
     epoch = None if saved.get("position") else saved.get("epoch")
     return TrainedModel(model.eval(), config, classes, data, str(path), saved_flags(saved), epoch)
+
+
+def describe_trained(trained: Mapping[str, Any]) -> str:
+    """Return the flags of the model that a file is of, for an error message."""
+    kwargs = dict(trained.get("kwargs", {}))
+    # it has a flag of its own
+    kwargs.pop("drop_path_rate", None)
+    words = [f"--model {trained['name']}"]
+    if kwargs:
+        words += ["--model-kwargs", *(f"{name}={value}" for name, value in kwargs.items())]
+    return f"it is of {' '.join(words)}"[:300]
 
 
 def print_differences(trained: Mapping[str, Any], config: ModelConfig, path: str | Path) -> None:
@@ -246,8 +257,9 @@ def get_classes(saved: Mapping[str, Any]) -> list[str] | None:
 def init_from_checkpoint(model: nn.Module, path: str, use_ema: bool) -> None:
     """Start a model from the weights of a file, as far as they match. Raises InputError where few do."""
     saved = load(path)
-    input_size = read_model_fields(saved, path).get("input_size")
-    load_matching(model, get_weights(saved, path, use_ema), path, input_size)
+    trained = read_model_fields(saved, path)
+    remedy = describe_trained(trained) if trained else ""
+    load_matching(model, get_weights(saved, path, use_ema), path, trained.get("input_size"), remedy)
 
 
 def load_teacher(path: str, student: ModelConfig, default_name: str, **overrides: Any) -> TrainedModel:

@@ -245,7 +245,7 @@ ROWS = {
     "no such block": Row(f"{ATTENTION} --blocks 1 2", "--blocks 2", "of blocks 1"),
     "no images to show": Row(f"{ATTENTION} --image-dir data/train/bee", "data/train/bee", ".jpg", only_text),
     # the output folder
-    "out is a file": Row("--output_dir data/note", "data/note", "fix that", lambda: write_text("data/note")),
+    "out is a file": Row("--output_dir data/note", "data/note", "name a folder", lambda: write_text("data/note")),
     "out below a file": Row("--output_dir data/note/out", "data/note", "", lambda: write_text("data/note")),
     "out holds a run": Row("--output_dir run", "--output_dir run", "--resume auto"),
     "nothing to evaluate": Row("--eval --resume auto", "checkpoint in out", "name another folder"),
@@ -309,6 +309,7 @@ ROWS = {
     "no first image": Row(INAT, "data/train/group/0/0.jpg", "unpack", write_inat(2)),
     # the checkpoint
     "no checkpoint": Row("--resume nowhere.pth", "nowhere.pth", "checkpoint"),
+    "misspelt checkpoint": Row("--resume run/chekpoint.pth", "run/chekpoint.pth", "run/best_checkpoint.pth"),
     "checkpoint is a folder": Row("--resume run", "run:", "checkpoint.pth"),
     "checkpoint is text": Row("--resume run/log.txt", "run/log.txt", "PyTorch file"),
     "cut checkpoint": Row(RESUME, "run/checkpoint.pth", "use another", lambda: truncate("run/checkpoint.pth")),
@@ -330,12 +331,15 @@ ROWS = {
         RESUME, "head.bias", "--finetune?", change(lambda s: s["model_ema"].__delitem__("head.bias"))
     ),
     "other depth": Row(f"{EVAL} --model-kwargs depth=2", "blocks.1", "--model-kwargs"),
-    "other width": Row(f"{RESUME} --model-kwargs depth=1 embed_dim=48 num_heads=2", "1, 1, 32", "--finetune?"),
+    "other width": Row(f"{RESUME} --model-kwargs depth=1 embed_dim=48 num_heads=2", "1, 1, 32", "'embed_dim': 32"),
     "other decay": Row(f"{RESUME} --weight-decay 0", "run/checkpoint.pth", "--weight-decay"),
     "other number of classes": Row(f"{FOLDER} {EVAL}", "10 classes and the data 2", "--data-path"),
     "other classes": Row(RESUME, "class 9 is ten", "--data-path", change(lambda s: s["classes"].__setitem__(9, "ten"))),
     "weights only": Row(RESUME, "weights only", "did you mean --eval or --finetune?", change(lambda s: s["model"])),
     # fine-tuning
+    "weights of another depth": Row(
+        "--model-kwargs depth=8 --finetune run/checkpoint.pth", "run/checkpoint.pth", "--model-kwargs depth=1"
+    ),
     "freeze too many": Row("--freeze 2", "--freeze 2", "a lower number"),
     "freeze no blocks": Row("--model resnet18 --model-kwargs --input-size 32 --freeze 1", "no blocks", "--freeze head"),
     # the teacher

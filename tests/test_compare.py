@@ -146,14 +146,30 @@ def test_a_run_without_results_is_a_line_that_says_so(write, tmp_path, capsys):
     (damaged / "args.json").write_text('{"model": "dhv')
     diverged = write("diverged", {"depth": 1}, [50.0], [1.0], seed=3)
     (diverged / "log.txt").write_text('{"epoch": 0, "test_acc1": 50.0}\n{"epoch": 1, "diverged": true}\n')
-    bad = [begun, damaged, diverged, tmp_path / "missing"]
+    bad = [begun, damaged, diverged]
     assert compare.main([str(good), *map(str, bad), "--out", str(tmp_path / "out")]) == 0
     lines, errors = table(capsys.readouterr().out)
     assert [row["n"] for row in lines.values()] == ["1"]
-    assert len(errors) == 4 and all(error.startswith(f"{path}: ") for error, path in zip(errors, bad, strict=True))
+    assert len(errors) == 3 and all(error.startswith(f"{path}: ") for error, path in zip(errors, bad, strict=True))
     assert "diverged in epoch 1" in errors[2]
     # nothing to draw is no error either
     assert compare.main([str(begun), "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_where_no_run_is_one_line_says_so(write, tmp_path, name, capsys):
+    (tmp_path / "empty").mkdir()
+    assert compare.main([str(write("good", {}, [50.0], [1.0])), str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / name) in error and "--output_dir" in error and error.count("\n") == 1
+
+
+def test_runs_that_differ_in_many_flags_are_called_by_their_folders(write, capsys):
+    few = write("few", {"depth": 1}, [50.0], [1.0])
+    many = {f"argument{i}": "a value" for i in range(8)}
+    write("many", many, [50.0], [1.0])
+    assert compare.main([str(few.parent)]) == 0
+    assert set(table(capsys.readouterr().out)[0]) == {"depth=1", str(few.parent / "many")}
 
 
 def test_evits_best_is_at_its_lowest_keep_rate(write, capsys):

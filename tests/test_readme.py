@@ -74,7 +74,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "torchrun --nnodes=2": (SMALL, {"=2": "=1", "=8": "=1", "HOST:29400": "127.0.0.1:0", "output/mine": "output/two"}),
     "python run_with_submitit.py": ("", {}),
     "python -m tests.bench_reference": (f"--model {TINY} --pairs 2 --batch-size 2 --device cpu", {}),
-    f"{SPEED} dhvt_small": ("--max-batch-size 1 --device cpu", {}),
+    f"{SPEED} dhvt_small": (f"{QUICK} --input-size 32", {}),
     f"{SPEED} --mode": (f"{QUICK} --image-sizes 32 64", {"results/": "output/"}),
     "LD_PRELOAD=": ("--speed-batch-size 1 --device cpu --model-kwargs depth=1", {}),
     "python -m tests.bench_loader": ("--batch-size 4 --pairs 2 --input-size 32", {}),

@@ -4,9 +4,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
@@ -57,6 +59,15 @@ def test_requirements_are_pinned_and_are_what_is_imported():
     }  # which timm requires
     # scipy is for torchvision, einops for models of timm, the others are for torch's exporter
     assert required - used <= {"scipy", "einops", "onnx", "onnxscript"}
+
+
+def test_pins_are_in_the_ranges_of_pyproject():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    ranges = {requirement.name: requirement.specifier for requirement in map(Requirement, dependencies)}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins.keys() == ranges.keys()
+    assert all(version in ranges[name] for name, version in pins.items())
 
 
 def test_imports_run_one_way():

@@ -85,6 +85,8 @@ def test_a_stopped_run_goes_on_as_the_same_run_of_wandb(quick_flags, tmp_path, m
     (second,) = {*(tmp_path / "out" / "wandb").glob("offline-run-*")} - {first}
     assert second.name.endswith(f"-{stopped['wandb_id']}")
 
+    # its service writes after finish() has returned, and ends when it has written all
+    wandb.teardown()
     # what both wrote is what is in the files of the run
     records = [read_records(next(folder.glob("*.wandb"))) for folder in (first, second)]
     runs = [record.run for part in records for record in part if record.HasField("run")]

@@ -192,7 +192,9 @@ class TrainState:
         if "optimizer" not in saved:
             raise InputError(f"{source}: holds weights only, no run to resume; did you mean --eval or --finetune?")
         # Weights, and their EMA
-        remedy = "give the flags it was trained with; or did you mean --finetune?"
+        flags = saved_flags(saved)
+        model = f"--model {flags.get('model')}, --model-kwargs {flags.get('model_kwargs')}"[:300]
+        remedy = f"it is of {model}: give the flags it was trained with; or did you mean --finetune?"
         weights = get_weights(saved, source)
         load_weights(self.model, weights, source, remedy)
         if self.ema is not None:
@@ -203,7 +205,6 @@ class TrainState:
             load_weights(self.ema.module, weights, source, remedy)
 
         # Optimizer; another one would not know what to make of the moments
-        flags = saved_flags(saved)
         opt = self.args["opt"]
         if flags.get("opt", opt).lower() == opt.lower():
             load_optimizer(self.optimizer, saved["optimizer"], source)
@@ -328,6 +329,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def check_output_dir(output_dir: str, resume: str) -> None:
     """Refuse a folder that training would overwrite. Raises InputError."""
     folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: a file; name a folder")
     if resume == "auto" or not find_checkpoints(folder):
         return
     if not resume or Path(resume).resolve().parent != folder.resolve():

@@ -53,7 +53,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show the defaults that say something, and keep the line breaks of examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
+        # 0 says something, a switch that is off does not
+        shown = action.default or type(action.default) in (int, float)
+        return super()._get_help_string(action) if shown else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -190,8 +192,8 @@ MODEL_FLAGS = (
     ("--input-size", [positive_int], None, "pixels, or height and width; default: the model's own"),
     ("--nb-classes", positive_int, None, "number of classes; default: from the data"),
     ("--eval-crop-ratio", open_fraction, None, "share of the image that evaluation's center crop keeps"),
-    ("--mean", [fraction] * 3, None, "mean of the pixels in red, green and blue, from 0 to 1; default: ImageNet's"),
-    ("--std", [open_fraction] * 3, None, "their standard deviation; default: ImageNet's"),
+    ("--mean", [fraction] * 3, None, "mean of the pixels in red, green and blue, from 0 to 1"),
+    ("--std", [open_fraction] * 3, None, "their standard deviation"),
     ("--base_keep_rate", open_fraction, None, "EViT: share of the tokens that blocks of --drop_loc keep"),
     ("--fuse_token", bool, False, "EViT: fuse the other tokens into one"),
     ("--drop_loc", parse_block_numbers, None, "EViT: blocks that reorganise tokens, from 0, for example 3,6,9"),

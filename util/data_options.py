@@ -41,7 +41,7 @@ def data_set(word: str) -> str:
 
 # spellings, type, default and help, see add_flags
 AUGMENT_FLAGS = (
-    ("--color-jitter", nonnegative_float, 0.4, "used only with --aa none or --ThreeAugment"),
+    ("--color-jitter", nonnegative_float, 0.4, "strength of color jitter; used only with --aa none or --ThreeAugment"),
     ("--aa", str, "rand-m9-mstd0.5-inc1", "timm's AutoAugment policy, or none; not with --ThreeAugment"),
     ("--smoothing", below_one, 0.1, "label smoothing"),
     ("--ThreeAugment", bool, False, "DeiT III's augmentation: grey, solarise or blur, color jitter"),

@@ -251,6 +251,8 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     # DAFF's weights are channels-last: DDP copies their gradients, which is right
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # torch 2.14; its successor does not exist in the pinned version
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=None if device.type == "cpu" else [device.index],

@@ -138,7 +138,7 @@ FLAGS = {
     "distillation": (
         ("--teacher-model", str, "regnety_160", "any model of timm, where the teacher's file does not say it"),
         ("--teacher-path", str, "", "checkpoint of the teacher"),
-        ("--distillation-type", ("none", "soft", "hard"), "none", "what the teacher gives to a distillation head"),
+        ("--distillation-type", ("none", "soft", "hard"), "none", "how the teacher trains a distillation head"),
         ("--kd", bool, False, "distil the teacher's logits into the only head of any model, as timm does"),
         ("--distillation-alpha", fraction, 0.5, "weight of the distillation loss"),
         ("--distillation-tau", positive_float, 1.0, "temperature of soft distillation and --kd"),

@@ -65,7 +65,7 @@ def write_report(
     else:
         print0("There are no mistakes, and no mistakes.png")
         (folder / "mistakes.png").unlink(missing_ok=True)
-    print0(f"The report is in {folder}: {', '.join(f'{name} {value:.4g}' for name, value in scalars.items())}")
+    print0(f"The report is in {folder}: {', '.join(f'{name} {round(value, 4)}' for name, value in scalars.items())}")
 
 
 def draw_images(images: Iterable[Tensor], texts: Iterable[str], config: ModelConfig) -> Figure:

@@ -96,7 +96,7 @@ def check_model(kind: str, model: nn.Module) -> None:
     if kind in ("attention", "rollout") and model.cls_token is None:
         raise InputError(f"{name} has no class token: use --visualize matrix or --visualize distance")
     # where tokens were dropped, there is no attention to all patches
-    if getattr(model, "base_keep_rate", 1) < 1:
+    if getattr(model, "base_keep_rate", 1) < 1 and kind != "head_tokens":
         raise InputError(
             f"{name} keeps only some tokens: add --base_keep_rate 1 to see its attention to all patches, "
             "or use --visualize mask"

@@ -58,7 +58,8 @@ def load(source: str | Path) -> dict[str, Any]:
                 "model": load_file(path / "model.safetensors"),
             }
         if not path.is_file():
-            raise InputError(f"{path}: not a file; name one, for example {Path(path) / 'best_checkpoint.pth'}")
+            folder = path if path.is_dir() else path.parent
+            raise InputError(f"{path}: not a file; name one, for example {folder / 'best_checkpoint.pth'}")
         if path.suffix == ".safetensors":
             return {"model": load_file(path)}
         return normalize(load_pickle(path), source)
@@ -176,6 +177,7 @@ def load_matching(
     weights: dict[str, Tensor],
     source: str,
     input_size: Sequence[int] | None = None,
+    remedy: str = "",
 ) -> None:
     """Load the weights that match, and print what did and what did not.
 
@@ -202,7 +204,7 @@ def load_matching(
     if 2 * len(matched) < max(len(expected), len(weights)):
         raise InputError(
             f"{source}: only {len(matched)} tensors match of the model's {len(expected)} and the file's {len(weights)} "
-            f"({counts}); did you mean another --model?"
+            f"({counts}); {remedy or 'did you mean another --model?'}"
         )
     model.load_state_dict({name: weights[name] for name in matched}, strict=False)
     print0(f"Fine-tuning from {source}: {counts}")
