@@ -428,6 +428,7 @@ SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 10}
         ("rollout", "vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}, "--visualize matrix"),
         ("distance", "deit_tiny_patch16_shrink_base", SMALL, "--base_keep_rate 1 .*--visualize mask"),
         ("head_tokens", "deit_tiny_patch16_224", SMALL | {"img_size": (96, 64)}, "--visualize attention"),
+        ("head_tokens", "deit_tiny_patch16_shrink_base", SMALL, "--visualize attention"),
     ],
 )
 def test_a_model_with_nothing_to_show_is_refused_before_anything_is_written(kind, name, kwargs, remedy, tmp_path):

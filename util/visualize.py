@@ -25,6 +25,7 @@ from util.figures import Picture, Row, draw_distances, draw_matrices, draw_rows
 
 # of the paper's figures 7 to 9
 PAPER_BLOCKS = np.array([2, 5, 8, 11])
+NO_HEAD_TOKENS = "--visualize head_tokens is for DHVT: this model has none; use --visualize attention"
 
 
 def write_pictures(
@@ -95,8 +96,11 @@ def check_model(kind: str, model: nn.Module) -> None:
         raise InputError(f"{name} has no attention to show: --visualize is for DHVT, DeiT, EViT and timm's ViT")
     if kind in ("attention", "rollout") and model.cls_token is None:
         raise InputError(f"{name} has no class token: use --visualize matrix or --visualize distance")
+    # an EViT, whatever its keep rate
+    if kind == "head_tokens" and hasattr(model, "base_keep_rate"):
+        raise InputError(NO_HEAD_TOKENS)
     # where tokens were dropped, there is no attention to all patches
-    if getattr(model, "base_keep_rate", 1) < 1 and kind != "head_tokens":
+    if getattr(model, "base_keep_rate", 1) < 1:
         raise InputError(
             f"{name} keeps only some tokens: add --base_keep_rate 1 to see its attention to all patches, "
             "or use --visualize mask"
@@ -156,7 +160,7 @@ def map_rows(
     """
     if kind == "head_tokens":
         if view.layout.count_head_tokens(view.record) == 0:
-            raise InputError("--visualize head_tokens is for DHVT: this model has none; use --visualize attention")
+            raise InputError(NO_HEAD_TOKENS)
         maps = view.layout.to_maps(attention.head_token_rows(view.record[blocks - 1], view.layout))
         tile_names = [f"head token {i + 1}" for i in range(maps.shape[1])]
     elif kind == "rollout":
