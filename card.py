@@ -7,7 +7,7 @@ from typing import Any
 from models.build import TrainedModel
 from util import options
 from util.checkpoint import FLAGS_WITHOUT_EFFECT
-from util.command import RESOLVED, to_words
+from util.command import AUTO_FLAGS, to_words
 from util.config import DataConfig
 from util.log import RunLog, count_parameters
 
@@ -40,7 +40,7 @@ tags: [image-classification, timm]
 
 ## Accuracy
 
-Top-1 on validation images ({validation}), on which the best epoch was chosen too; epochs count from 0.
+Top-1 on the validation images ({validation}), which were also used to choose the best epoch; epochs count from 0.
 
 | weights | this checkpoint | best epoch | last epoch |
 |---|---|---|---|
@@ -58,7 +58,7 @@ The flags that differ from the defaults of a training repository for [DHVT](http
 ## Use
 
 ```python
-import models  # of that repository; timm's own models do without
+import models  # from that repository; not needed for timm's own models
 import timm
 
 model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
@@ -69,8 +69,8 @@ classes = model.pretrained_cfg.get("label_names")
 
 ## License
 
-Apache 2.0 is the license of the code. That of the weights is the trainer's to choose, as far as the weights and data
-that they come from allow: change `license` above.
+The code is licensed under Apache 2.0. Whoever trained the weights chooses their license, within what the original
+weights and data allow: change `license` above.
 """
 
 
@@ -94,7 +94,7 @@ def describe_recipe(flags: dict[str, Any]) -> str:
         if name in FLAGS_WITHOUT_EFFECT or str(value) == str(default):
             continue
         # the machine decided
-        if name in RESOLVED and name not in flags.get("given", ()):
+        if name in AUTO_FLAGS and name not in flags.get("given", ()):
             continue
         # paths
         if isinstance(value, str):

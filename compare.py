@@ -1,8 +1,8 @@
 """Compare runs: python compare.py RUN… [--out FOLDER].
 
-A RUN is an --output_dir of main.py, whether finished or not, or a folder of such folders. Runs of as many epochs that
-differ in seeds or folds alone are one line, with mean ± standard deviation. A line is named by the flags in which it
-differs from others, or by its folder where those are many. Accuracy on the test set is that of a report in RUN/test
+A RUN is an --output_dir of main.py, finished or not, or a folder of such folders. Runs with the same number of epochs
+that differ only in seed or fold share a line, with mean ± standard deviation. A line is named by the flags that set it
+apart, or by its folder if they are too many. Test accuracy comes from a report in RUN/test
 (--eval --split test --report RUN/test).
 """
 
@@ -32,7 +32,7 @@ FLAGS = (
     ("--x", str, None, "draw each model's accuracy by this flag instead, for example train_fraction"),
 )
 
-# what runs of one line may differ in: besides seeds and folds, what follows from other flags
+# flags in which the runs of one line may differ: seeds, folds, places, and what follows from other flags
 IGNORED = FLAGS_WITHOUT_EFFECT | {
     "seed",
     "fold",
@@ -185,7 +185,7 @@ def draw_by(name: str, groups: Sequence[list[dict]], path: Path) -> None:
     for runs in groups:
         flags = runs[0]["flags"]
         if name not in flags:
-            raise InputError(f"--x {name}: no flag in which runs differ; for example lr or train_fraction")
+            raise InputError(f"--x {name}: not a flag to compare runs by; give, for example, lr or train_fraction")
         mean, std = mean_and_std([run["numbers"] for run in runs])
         lines[flags["model"]].append((flags[name], mean[column], std[column]))
     values = [x for points in lines.values() for x, *_ in points]
@@ -224,7 +224,7 @@ def find_groups(words: Sequence[str]) -> tuple[list[list[dict]], list[list[str]]
     for folder in folders.values():
         try:
             run = read_run(folder)
-            # an unfinished run would spoil the means
+            # average only runs of the same length
             key = json.dumps(run["flags"], sort_keys=True), max(run["curve"])
             found[key].append(run)
         except InputError as error:
@@ -262,7 +262,7 @@ def run(argv: list[str]) -> None:
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "compare.csv", "w") as file:
+        with open(out / "compare.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([["run", "seed", *COLUMNS], *table, *errors])
         if groups and args.x:
             draw_by(args.x.replace("-", "_"), groups, out / "compare.png")

@@ -48,9 +48,9 @@ MAX_WORKERS = 10
 
 
 class DatabaseImages(Dataset):
-    """Images of an LMDB, with the class numbers of `class_to_idx`, the training set's.
+    """Images of an LMDB, with the training set's class numbers if `class_to_idx` is given.
 
-    Databases of the published script have numbers for class names, and None for `targets` and `files`.
+    In databases written by the published script, class names are numbers, and `targets` and `files` are None.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ def load_digits(train: bool, size: tuple[int, int], transform: Callable | None) 
 def load_named(name: str, root: Path, train: bool, transform: Callable | None) -> ImageArray | ImageFiles:
     """Return a split of one of `TORCHVISION_SETS`. All processes call this, and rank 0 downloads what is missing.
 
-    Grey images become RGB, which is printed for the validation split. Raises InputError, which says what to put where,
-    for files that are missing or damaged.
+    Grey images become RGB, with a note printed for the validation split. Raises InputError, which says what to put
+    where, for missing or damaged files.
     """
     named = TORCHVISION_SETS[name]
     # processes that download or unpack to one folder would overwrite each other's files
@@ -212,9 +212,9 @@ def build_train_set(data: DataConfig, config: ModelConfig, augment: AugmentConfi
 
 
 def _resolve_class_to_idx(data: DataConfig, classes: Sequence[str] | None) -> dict[str, int] | None:
-    """Return the class numbers of the training split, or of `classes` where there is none.
+    """Return {class: number} of the training split, or of a checkpoint's `classes` if that split is missing.
 
-    None leaves them to the validation split.
+    None if the data set fixes the numbers, or if both are missing: the validation split then numbers its own classes.
     """
     # in evaluation the training images may be missing
     if data.name in FOLDER_DATA_SETS:
@@ -229,7 +229,7 @@ def _resolve_class_to_idx(data: DataConfig, classes: Sequence[str] | None) -> di
 def build_val_set(data: DataConfig, config: ModelConfig, classes: Sequence[str] | None = None) -> Dataset:
     """Return the validation split with the training split's class numbers, or what is held out of the training split.
 
-    `classes`, a checkpoint's, count where there is no training split. Prints which classes have no images.
+    A checkpoint's `classes` give the numbers if the training split is missing. Prints which classes have no images.
     """
     transform = build_transform(
         False,
@@ -269,14 +269,15 @@ def evenly_spaced(dataset: Dataset, count: int) -> Iterator[tuple[Tensor, str | 
         image, target = dataset[i]
         label = None if target < 0 else dataset.classes[target]
         name = f"image {i}" if dataset.files is None else Path(dataset.files[i]).name
-        yield image, label, name
+        # matplotlib draws UTF-8 alone
+        yield image, label, name.encode(errors="replace").decode()
 
 
 def default_workers() -> int:
     """Return this process's share of the cores, at most MAX_WORKERS."""
     cores = os.cpu_count() or 1
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    # Slurm binds each process to its share of the cores. Processes of torchrun may all run on all of theirs.
+    # Slurm binds each process to its share of the cores; under torchrun all of them share the same cores.
     if available == cores or "LOCAL_WORLD_SIZE" in os.environ:
         available //= distributed.local_world_size()
     return max(1, min(available, MAX_WORKERS))

@@ -65,7 +65,7 @@ def train_one_epoch(
     pending = []  # losses that are still on the device
 
     for update in range(state.update, updates):
-        # random numbers of its own for each update, so that a resumed run draws the same ones
+        # seed every update, so that a resumed run draws the same random numbers
         distributed.seed_everything(seed, epoch, update)
         if keep_rate_schedule is not None:
             state.keep_rate = keep_rate_schedule(epoch * updates + update)
@@ -74,7 +74,7 @@ def train_one_epoch(
         count = min(accum_steps, len(loader) - update * accum_steps)
         loss = torch.zeros((), device=precision.device)
         for i in range(count):
-            images, targets = progress.wait(batches)
+            images, targets = progress.next_batch(batches)
             images = prepare(images)  # B, C, H, W
             targets = targets.to(precision.device, non_blocking=True)  # B
             if mixup is not None:
@@ -142,7 +142,7 @@ def read_losses(pending: list[Tensor], state: TrainState) -> list[float]:
     pending.clear()
     for loss in losses:
         if not math.isfinite(loss):
-            raise diverged(f"the loss is {loss}", state)
+            raise divergence_error(f"the loss is {loss}", state)
     state.losses += losses
     return losses
 
@@ -152,16 +152,16 @@ def check_weights(state: TrainState) -> None:
     tensors = [tensor for tensor in state.model.state_dict().values() if tensor.is_floating_point()]
     spoiled = torch.stack([tensor.isfinite().all() for tensor in tensors]).logical_not().sum()
     if distributed.all_reduce(spoiled).item():
-        raise diverged("the weights are no longer finite", state)
+        raise divergence_error("the weights are no longer finite", state)
 
 
-def diverged(what: str, state: TrainState) -> NonFiniteLossError:
+def divergence_error(reason: str, state: TrainState) -> NonFiniteLossError:
     """Return the error of a training that diverged."""
     grads = [p.grad for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(grads).item() if grads else math.nan
     scale = state.scaler.get_scale()
     return NonFiniteLossError(
-        f"{what} in epoch {state.epoch + 1}, update {state.update} (lr {state.lr:.3g}, loss scale {scale:g}, "
+        f"{reason} in epoch {state.epoch + 1}, update {state.update} (lr {state.lr:.3g}, loss scale {scale:g}, "
         f"last gradient norm {norm:.3g}); the last checkpoint is intact; try a lower --lr, --clip-grad 1, longer "
         "--warmup-epochs, --amp bf16 or off, and continue with --resume"
     )
@@ -218,7 +218,7 @@ def evaluate(
             collect.append((targets.cpu(), logits.cpu()))
     loss, top1, topk_hits, count, stopped = distributed.all_reduce(totals).tolist()
     if stopped:
-        raise StoppedError(f"stopped by {stop.name} in an evaluation; --resume auto continues with it")
+        raise StoppedError(f"stopped by {stop.name} in an evaluation; --resume auto repeats it: its epoch is saved")
     return {
         "loss": loss / count,
         "acc1": 100 * top1 / count,
@@ -241,11 +241,11 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure the throughput of a copy of the model on random images: inference, or training steps with AdamW.
 
-    It is compiled if `compile_mode`, a mode of torch.compile, is given.
-    Calls are timed until they are steady (interquartile range within 3 % of the median), for at least `min_seconds`
-    and at most 30 times as long. Returns images_per_s and ms_per_batch (medians), the spread (interquartile range in
-    percent of the median), whether that is steady, the rate of plain matrix products (matrix_gmacs_per_s) and the
-    share of it that the model's `gmacs` per image reach, and peak_memory_mib.
+    The copy is compiled if `compile_mode`, a mode of torch.compile, is given. Calls are timed for at least
+    `min_seconds`, then until steady (interquartile range within 3 % of the median) or 30 times as long. Returns
+    images_per_s and ms_per_batch (medians), spread (interquartile range, % of the median), steady, matrix_gmacs_per_s
+    (the rate of plain matrix products), share (% of that rate which the model reaches with its `gmacs` per image: its
+    model FLOPs utilisation) and peak_memory_mib (0 except on CUDA).
     """
     step = make_step(model, input_size, batch_size, precision, train, compile_mode)
 
@@ -257,7 +257,7 @@ def benchmark(
 
     measured = step_timer.adaptive_autorange(STEADY, min_run_time=min_seconds, max_run_time=30 * min_seconds)
 
-    # What the model's own products amount to per second, beside plain products of the same kind
+    # Model FLOPs utilisation: the model's MACs per second over those of plain matrix products of the same dtype
     matrix_gmacs = matrix_rate(precision, min_seconds / 4)
     images_per_s = batch_size / measured.median
     model_gmacs = images_per_s * gmacs * (TRAIN_STEP_MACS if train else 1)

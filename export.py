@@ -103,8 +103,8 @@ def write_onnx(trained: TrainedModel, path: Path) -> None:
     difference = (torch.from_numpy(logits) - expected).abs().max() / expected.abs().max()
     # NaN is not within the tolerance either
     if not difference <= 1e-4:
-        raise InputError(f"--onnx: ONNX Runtime's logits differ by {difference:.1e} of the largest; leave it out")
-    print(f"ONNX Runtime's logits differ by {difference:.1e} of the largest")
+        raise InputError(f"--onnx: ONNX Runtime's logits differ by {difference:.1e} of PyTorch's largest; leave it out")
+    print(f"ONNX Runtime's logits differ by {difference:.1e} of PyTorch's largest")
 
 
 def push(folder: Path, repository: str) -> None:

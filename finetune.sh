@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune by a recipe of run_code.sh: CKPT=FILE DATA=FOLDER bash finetune.sh [clipart] [main.py flags…]
 # [clipart] may be painting, sketch, cifar100, evit or digits-evit too.
-# The model trains in training mode, so DHVT's norms adapt; --no-train-mode is the published way.
+# DHVT's batch norms adapt to the data; --no-train-mode freezes them, as the published script does.
 set -euo pipefail
 
 recipe=clipart

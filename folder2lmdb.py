@@ -50,7 +50,7 @@ def load_in_order(paths: Sequence[str], workers: int, check: bool) -> Iterator[b
         except InputError as error:
             return error
 
-    # Threads do, since Pillow releases Python's lock.
+    # Threads are enough: Pillow releases the GIL while decoding.
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(paths), CHUNK_SIZE):
             yield from pool.map(load, paths[start : start + CHUNK_SIZE])
@@ -169,7 +169,7 @@ def write_databases(args: argparse.Namespace, out: Path) -> None:
         raise InputError(f"--dir {args.dir}: neither train/ nor val/ in it; name the folder above train/CLASS/")
     if not out.is_dir():
         raise InputError(f"--out {out}: no such folder; make it first")
-    # Validation is numbered as training is, where that is there.
+    # The validation split takes the training split's class numbers, if there is one.
     train = args.dir / "train"
     class_to_idx = find_classes(train) if train.is_dir() else None
     jobs = []

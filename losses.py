@@ -1,4 +1,4 @@
-"""Training criteria, called as criterion(samples, outputs, targets) -> loss.
+"""Training criteria, called as criterion(samples, outputs, targets) -> loss; samples are the images [B, C, H, W].
 
 Distillation reference:
     Training data-efficient image transformers & distillation through attention, arXiv 2012.12877
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class ImageLoss(nn.Module):
-    """The loss `loss(outputs, targets)`, computed in float32 whatever precision the model ran in."""
+    """`loss(outputs, targets)` in float32, with the signature of DistillationLoss: the images are ignored."""
 
     def __init__(self, loss: Callable) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Train, evaluate, measure or visualize a model: python main.py --help lists the flags.
 
-The recipes are here, from top to bottom. The command line follows DeiT's (https://github.com/facebookresearch/deit),
+Each is one function, top to bottom. The command line follows DeiT's (https://github.com/facebookresearch/deit),
 EViT's (https://github.com/youweiliang/evit) and DHVT's (https://github.com/ArieSeirack/DHVT).
 """
 
@@ -40,15 +40,11 @@ from util.stop_signal import StopSignal
 
 def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | None) -> None:
     """Train a model from the beginning, from other weights (--finetune) or from a checkpoint (--resume)."""
-    if args.output_dir:
-        check_output_dir(args.output_dir, args.resume)
-    else:
-        print0("Nothing will be saved: there is no --output_dir")
-    resume = resolve_resume(args.resume, args.output_dir)
+    resume = resolve_resume(check_output_dir(args.output_dir, args.resume), args.output_dir)
     saved = weights.load(resume) if resume else {}
     config = options.model_config(args)
     if saved:
-        # it holds weights; timm's are of no use any more
+        # the checkpoint has the weights: do not load timm's
         config.kwargs.pop("pretrained", None)
     teacher = None
     if options.distillation_kind(args) != "none":
@@ -125,7 +121,7 @@ def run_epochs(
         for module in frozen:
             module.eval()
         if mixup is not None:
-            # switched off it still smooths the labels
+            # timm's Mixup smooths the labels even when it is disabled
             mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
         stats = engine.train_one_epoch(
             model,
@@ -162,7 +158,7 @@ def run_epochs(
 
 
 def build_initial_model(args: argparse.Namespace, config: ModelConfig, precision: Precision) -> nn.Module:
-    """Return a model with new weights on the run's device, the same on every process."""
+    """Return a model with random or timm's weights on the run's device, the same on every process."""
     # timm's weights are downloaded once
     with distributed.primary_first() if args.pretrained else nullcontext():
         model = build.build_model(config, grad_checkpointing=args.grad_checkpointing)
@@ -219,7 +215,7 @@ def build_loss_and_mixup(
     precision: Precision,
     targets: Sequence[int] | None,
 ) -> tuple[nn.Module, Mixup | None]:
-    """Return the loss of (images, outputs, targets), and mixup where it is on; `targets` are all training labels."""
+    """Return criterion(images, outputs, targets) and mixup, None if off; `targets` are all training images' labels."""
     num_classes = state.config.num_classes
     mixup = data_options.build_mixup(args, num_classes)
     balanced = args.class_weights == "balanced"
@@ -274,7 +270,7 @@ def evaluate_state(
 
 
 def load_for_inference(args: argparse.Namespace) -> build.TrainedModel:
-    """Return the model of --resume, as its checkpoint says; flags that were given win."""
+    """Return the model of --resume, or timm's with --pretrained; flags that were given override the checkpoint."""
     if not args.resume:  # --pretrained
         config = options.model_config(args)
         with distributed.primary_first():
@@ -291,7 +287,7 @@ def evaluate(args: argparse.Namespace, precision: Precision) -> None:
     config = trained.config
     data = data_options.data_config(args, precision.device, trained.data)
     val_set = datasets.build_val_set(data, config, trained.classes)
-    build.check_classes(trained.source, trained.classes, val_set.classes)
+    build.check_classes(trained.source, trained.classes, val_set.classes, trained.model.num_classes)
     if args.test_speed:
         measure_speed(args, config, precision)
     how = f"{config.name} at {describe_size(config.input_size)}, on {data.describe_validation()}"
@@ -333,7 +329,7 @@ def visualize_model(args: argparse.Namespace, precision: Precision) -> None:
         precision.place(trained.model),
         datasets.evenly_spaced(dataset, count),
         folder=folder,
-        # the data's names are not those of other weights' outputs
+        # without names in the checkpoint, the data's names are right only for as many outputs
         classes=trained.classes or (dataset.classes if len(dataset.classes) == trained.model.num_classes else None),
         autocast=precision.autocast,
         device=precision.device,
@@ -373,7 +369,7 @@ def run(argv: list[str]) -> None:
     args = options.parse(argv)
     device = distributed.init(args.device, args.dist_backend, args.dist_timeout)
     distributed.end_with_launcher()
-    # what auto is here goes into the checkpoint, so that a resume elsewhere says that it is another
+    # the checkpoint stores the resolved value, so that a resume on another kind of device reports the change
     args.amp = resolve_amp(args.amp, device)
     precision = Precision(device, DTYPES[args.amp], args.channels_last)
     if args.deterministic:

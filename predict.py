@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.images import ImageFiles, find_images
-from datasets import build_transform, default_workers
+from data.transforms import build_transform
+from datasets import default_workers
 from models.build import load_trained
 from util.command import (
     Parser,
@@ -29,6 +30,7 @@ from util.distributed import pick_device
 from util.errors import InputError
 from util.options import model_overrides
 from util.precision import AMP_FLAG, DTYPES, Precision, resolve_amp
+from util.stop_signal import ignore_signals
 
 FLAGS = (
     ("--topk", positive_int, 5, "number of classes per image"),
@@ -88,11 +90,14 @@ def run(argv: list[str]) -> None:
         args.batch_size,
         # starting a process takes longer than reading a batch
         num_workers=min(args.num_workers, len(files) // args.batch_size),
+        # Ctrl-C is for the main process
+        worker_init_fn=ignore_signals,
     )
     # a head may have more outputs than there are names
     names = dict(enumerate(trained.classes or ()))
-    # now, so that a bad path is not noticed at the end
-    table = open(args.csv, "w", newline="", encoding="utf-8") if args.csv else None
+    # open it before predicting, so that a bad path fails at once
+    how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    table = open(args.csv, "w", **how) if args.csv else None
     # rows of the JSON, in the order of the files
     rows = []
     for images, errors in loader:
@@ -111,7 +116,8 @@ def run(argv: list[str]) -> None:
             rows.append({"path": path, "predictions": predictions})
             if not args.json:
                 words = [f"{p['class']} {p['probability']:.1%}" for p in predictions]
-                print(path, *words, sep="  ", flush=True)
+                # names of files need not be UTF-8
+                print(path.encode(errors="replace").decode(), *words, sep="  ", flush=True)
 
     # the error comes last, after all that could be read
     if args.json:

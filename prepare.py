@@ -36,7 +36,7 @@ LISTS = (("train", "train"), ("test", "val"))
 OUT_FLAG = ("--out", Path, REQUIRED, "folder to make, with train/ and val/")
 SET_FLAG = ("--set", DOMAIN_NET, REQUIRED, "which of the six sets")
 
-# what readers yield for each image: its place for errors, SPLIT/CLASS/FILE, and what is linked or written there
+# per image: where it is listed (for errors), its target SPLIT/CLASS/FILE, and the file to link or image to write there
 Samples = Iterator[tuple[str, str, Path | Image.Image]]
 
 
@@ -64,7 +64,7 @@ def read_domainnet(root: Path, name: str) -> Samples:
                 file, _, label = line.rpartition(" ")
                 folder = Path(file).parent
                 if labels.setdefault(folder, label) != label or labels.setdefault(label, folder) != folder:
-                    raise InputError(f"{where}: {folder} had another label, or {label} another class, before")
+                    raise InputError(f"{where}: {folder} had another label or {label} another folder; correct the list")
                 yield where, f"{split}/{file.partition('/')[2]}", root / file
 
 
@@ -105,7 +105,7 @@ def read_medmnist(path: Path) -> Samples:
 
 
 def read_csv(path: Path) -> Samples:
-    """Read a CSV with the columns path, from its own folder, and label; without a column split, all is for training."""
+    """Read a CSV with columns path (relative to the CSV), label and, unless all images are for training, split."""
     # spreadsheets write a byte order mark
     with name_errors(path, "a CSV with columns path, label"), open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, restval="", skipinitialspace=True)
@@ -136,9 +136,11 @@ def lay_out(samples: Samples, out: Path) -> None:
                 source.save(path)
             elif not source.is_file():
                 raise InputError(f"{where}: {source} is missing; unpack it there, or correct the list")
-            # a line may come twice; another file of that name is an error
-            elif not (path.exists() and path.samefile(source)):
+            elif not path.exists():
                 path.symlink_to(source.resolve())
+            # a line may come twice
+            elif not path.samefile(source):
+                raise InputError(f"{where}: {target} is {path.resolve()} already; rename one of the two")
 
         # a class without training images cannot be predicted
         if not folder.exists():
@@ -163,7 +165,7 @@ def run(argv: list[str]) -> None:
     data_sets = parser.add_subparsers(dest="data_set", required=True)
     for name, read in READERS.items():
         subparser = data_sets.add_parser(name, help=read.__doc__, description=read.__doc__)
-        subparser.add_argument("source", type=Path, help="that file or folder")
+        subparser.add_argument("source", type=Path, help="the file or folder to read")
         add_flags(subparser, [SET_FLAG, OUT_FLAG] if name == "domainnet" else [OUT_FLAG])
     args = parser.parse_args(argv)
     out = args.out

@@ -5,7 +5,7 @@
 #   folder                  DHVT on your own train/CLASS/ and val/CLASS/, 224 px
 #   small                   DHVT on a few thousand images of your own, in the same folders: 32 px where their short sides
 #                           are up to 48 px (the median of up to 200 images), 64 px up to 112 px, both with patch size 4,
-#                           else 224 px; each image once per epoch, whole but for a shift by 4 px
+#                           else 224 px; each image once per epoch, padded by 4 px and cropped
 #   cifar100                DHVT on CIFAR-100, which is downloaded to DATA
 #   deit-cifar100           DeiT instead, the paper's baseline
 #   clipart infograph painting quickdraw real sketch    DHVT on one of DomainNet's sets
@@ -14,9 +14,9 @@
 #   ablation ROW            a row of the paper's ablations, on CIFAR-100; the rows are listed below
 #   digits-ablation [ROW]   a row with a small model on the digits; without ROW the ten of Tables 5 and 6, seeds 0 1 2
 #                           (30 runs), and compare.py
-#   fashion [ROW]           a model on 60 or 300 images per class of Fashion-MNIST, a tenth of them held out, on which it
-#                           chooses one of three rates; then two more seeds, and the test set once for each seed. Without
-#                           ROW all of fashion-{60,300}-{dhvt,deit,resnet,cct} in turn, and compare.py
+#   fashion [ROW]           a model on 60 or 300 images per class of Fashion-MNIST: a tenth of them, held out, to
+#                           choose one of three learning rates; then two more seeds, and one evaluation of each seed on
+#                           the test set. Without ROW all of {60,300}-{dhvt,deit,resnet,cct}, then compare.py
 #   evit                    EViT-S on ImageNet-1k, tokens fused, keep rate 0.7
 #   digits-evit             a small EViT on the digits that keeps all its tokens
 #   finetune-clipart finetune-painting finetune-sketch finetune-cifar100
@@ -30,7 +30,7 @@
 #   CKPT=FILE     what fine-tuning starts from
 #   SIZE=NAME     tiny or small: DHVT-T, the default except in fine-tuning, or DHVT-S
 #   PATCH=N       4, the default, or 2: patch size of cifar100 and deit-cifar100
-#   PAPER=1       batch size and learning rate as the paper states them, where the published scripts' are others
+#   PAPER=1       batch size and learning rate as in the paper, where the published scripts differ from it
 #   SEEDS="0 1"   one run per seed, in OUT/seed0, OUT/seed1
 #   NGPU=N        number of processes; default: all GPUs, at most the recipe's 2 or 8, and a divisor of it. The batch
 #                 size per process stays the recipe's; with fewer processes gradients are accumulated so that the
@@ -188,7 +188,7 @@ cifar100 | deit-cifar100)
     [[ $size == tiny ]] && paper_batch=512 || paper_batch=256
     model=(--model "dhvt_${size}_cifar_patch$patch")
     [[ $recipe == cifar100 ]] || model=(--model "deit_${size}_patch16_224" --model-kwargs "patch_size=$patch")
-    # the paper's DeiT-T has as many as DHVT-T; DeiT-S keeps its six
+    # heads: the paper's DeiT-T has four, like DHVT-T; DeiT-S keeps its six
     [[ $recipe-$size != deit-cifar100-tiny ]] || model+=(num_heads=4)
     flags=("${common[@]}" "${model[@]}" --data-set CIFAR --input-size 32 --batch-size 256
         --lr 1e-3 --epochs 300 --warmup-epochs 5)

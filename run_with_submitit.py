@@ -45,7 +45,7 @@ FLAGS = (
 
 @dataclass
 class Task:
-    """One process of a job. submitit pickles it and calls it there."""
+    """What one process of a job runs; submitit pickles it, and calls it in that process."""
 
     flags: list[str]
 
@@ -73,7 +73,7 @@ class Task:
         return status
 
     def checkpoint(self):
-        """Return what submitit runs again where its signal comes before main.py listens: the same."""
+        """Return this same task for submitit to requeue, if its signal comes before main.py has installed a handler."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -134,7 +134,8 @@ def run(argv: list[str]) -> int:
     # The job may run in another folder. Started again, it resumes from its own checkpoints.
     out = Path(main_args.output_dir).absolute()
     flags += ["--output_dir", str(out)]
-    if not (main_args.resume or main_args.eval or main_args.only_test_speed):
+    other = main_args.eval or main_args.only_test_speed or options.visualization_mode(main_args)
+    if not (main_args.resume or other):
         flags += ["--resume", "auto"]
     return submit(args, flags, out)
 

@@ -76,13 +76,13 @@ AXES = {
 
 FLAGS = (
     IMPORT_FLAG,
-    ("--baseline", str, None, "model that each model is timed in turns with, to print the ratio"),
+    ("--baseline", str, None, "model to time in alternation with each model, to print the ratio of speeds"),
     ("--mode", ("inference", "train", "both"), "both", "forward passes, training steps, or both"),
     ("--batch-size", [positive_int], None, "default: 1, 2, 4, … up to --max-batch-size"),
     ("--max-batch-size", positive_int, None, "default: 64 on a CPU, what fits on other devices"),
     ("--input-size", [positive_int], None, "pixels, or height and width; default: each model's"),
     ("--image-sizes", [positive_int], None, "sweep square images of these sizes instead"),
-    ("--seconds", positive_float, 1.0, "shortest length of a repeat; at least five are timed"),
+    ("--seconds", positive_float, 1.0, "least time per measurement; up to 30 times as long until it is steady"),
     # fewer have no quartiles
     ("--pairs", number(int, lambda v: v >= 2, "at least 2"), 15, "number of turns with --baseline"),
     ("--output_dir", str, None, "folder for speed.csv, .json and .png"),
@@ -104,7 +104,7 @@ def resolve_models(words: Sequence[str], size: Sequence[int] | None) -> dict[str
         kwargs = parse_key_values(pairs, word)
         if "img_size" in kwargs:
             raise InputError(f"{word}: use --input-size or --image-sizes instead of img_size")
-        # timm lists no names with a tag, and none that do not exist: resolve_input_size accepts the former only
+        # timm lists neither names with a tag nor unknown names; resolve_input_size raises an error for unknown names
         for name in timm.list_models(pattern) or [pattern]:
             input_size = resolve_input_size(name, parse_size(size), "model")
             configs[" ".join([name, *pairs])] = ModelConfig(name, input_size=input_size, kwargs=kwargs)

@@ -38,13 +38,13 @@ def describe_names(names: Sequence[str]) -> str:
 def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> dict[str, int]:
     """Return the numbers of the classes of `root`/CLASS/ by name.
 
-    `class_to_idx`, the training set's, is returned as it is, and must contain all of them. Raises InputError for a
-    missing folder, one without class folders, and an unknown class.
+    A training set's `class_to_idx` is returned unchanged, after a check that it contains all classes found. Raises
+    InputError for a missing folder, one without class folders, and an unknown class.
     """
     if not root.is_dir():
         raise InputError(
-            f"{root}: no such folder; --data-path takes the one that holds it, --train-split and --val-split its name; "
-            "--val-fraction 0.1 validates on training images"
+            f"{root}: no such folder; give the folder above it to --data-path, and its name to --train-split or "
+            "--val-split; without a validation folder, hold images out with --val-fraction 0.1"
         )
     try:
         classes, found = folder.find_classes(root)
@@ -137,6 +137,7 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
+    """Return uint8 pixels [H, W, 3] as a uint8 tensor [3, H, W]; unlike torchvision's ToTensor, it does not scale."""
     return torch.from_numpy(pixels).permute(2, 0, 1)  # 3, H, W
 
 

@@ -86,7 +86,7 @@ def read_split(
             files_without_group.append(f"{folder}/{number}/{file}")
             targets.append(class_to_idx[names[int(number)]])
 
-        # The official archives have the folders of the groups, the layout of DeiT has not.
+        # The official archives have group folders, DeiT's layout has none.
         for candidates in (files, files_without_group):
             if (root / candidates[0]).is_file():
                 return candidates, targets, list(class_to_idx)

@@ -44,7 +44,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def record_key(index: int) -> bytes:
-    # in this order LMDB keeps the images in theirs
+    # big-endian: LMDB sorts keys bytewise, so the images stay in order
     return index.to_bytes(8, "big")
 
 
@@ -124,7 +124,7 @@ class ImageDatabase:
             if intact and 0 <= label < len(self.classes):
                 return data, label
         except Exception:
-            # The line below says it better than Arrow and LMDB, which raise what they like.
+            # Arrow and LMDB raise errors of many kinds; the one below names the image.
             pass
         raise InputError(f"{self.describe(index)}: missing or damaged; {rebuild_hint(self.path)}")
 

@@ -1,7 +1,7 @@
-"""Which images are for training and which are held out, and which image comes when and how it is augmented.
+"""Which training images are used and which are held out; the order of an epoch, and the seeds of its augmentation.
 
-The former depends on the labels and the split's seed, the latter on seed, epoch and position alone. So any number of
-loader workers, and a run that was resumed in the middle of an epoch, sees the same images.
+Splits depend only on the labels and --split-seed, order and augmentation only on seed, epoch and position. So a run
+sees the same images for any number of loader workers, and when resumed in the middle of an epoch.
 """
 
 import math
@@ -93,13 +93,12 @@ class SeededDataset(Dataset):
         # without workers these are the streams of mixup, dropout and random erasing
         python_state = random.getstate()
         numpy_state = np.random.get_state()
-        torch_state = torch.get_rng_state()
         try:
-            return [self._draw(*key) for key in keys]
+            with torch.random.fork_rng(devices=[]):
+                return [self._draw(*key) for key in keys]
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-            torch.set_rng_state(torch_state)
 
     def _draw(self, index: int, epoch: int, position: int) -> tuple[Tensor, int]:
         # torch.manual_seed would seed the accelerator's stream too
@@ -108,7 +107,7 @@ class SeededDataset(Dataset):
 
 
 class ImageSubset(Subset):
-    """Images of a data set, with its attributes; those without a file are named by their number there."""
+    """A subset with the data set's attributes; images without a file are named by their index in the data set."""
 
     def __init__(self, dataset: Dataset, indices: list[int]) -> None:
         super().__init__(dataset, indices)
@@ -132,7 +131,7 @@ def split_stratified(
 
     `size` is the share that is drawn, or the number of folds, of which `fold` is drawn.
     """
-    # takes seconds, which only some data is worth
+    # importing scikit-learn takes seconds, and most runs do not split
     from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 
     if size > 1:
@@ -173,9 +172,9 @@ def choose_images(dataset: Dataset, data: DataConfig, held_out: bool) -> Dataset
 
 
 def check_counts(targets: np.ndarray, classes: list[str], flag: str, size: float) -> None:
-    """Refuse to split by a share or into folds, as `split_stratified`, where that may leave a class out of a part.
+    """Raise InputError, naming the smallest class, if a split could leave a part without images of some class.
 
-    Raises InputError, which names the smallest class. Classes without any images do not count.
+    `size` is that of `split_stratified`. Classes without any images are ignored.
     """
     # rounded, as 1 - 0.9 is less than 0.1
     needed = size if size > 1 else math.ceil(round(1 / min(size, 1 - size), 6))

@@ -44,8 +44,8 @@ def build_transform(
     """Return DeiT's transform of a PIL image to a normalized [3, H, W] tensor of `config.input_size`.
 
     `native_size` is for images that have that size already (CIFAR, digits), which evaluation neither resizes nor crops.
-    `flip` is whether images are mirrored where `augment` does not say it. Raises InputError for an unknown augmentation
-    policy.
+    `flip` is whether images may be mirrored, used if `augment.hflip` is None. Raises InputError for an unknown
+    augmentation policy.
     """
     # evaluation: resize to size / crop_ratio, center crop
     if not train:
@@ -96,7 +96,7 @@ def build_transform(
 
 
 def timm_size(config: ModelConfig) -> int | tuple[int, int]:
-    """Return the input size as timm takes it: it resizes to a number and to a pair in different ways."""
+    """Return the input size in timm's form: an int if square, as timm resizes differently to an int and to a pair."""
     height, width = config.input_size
     return height if height == width else config.input_size
 
@@ -189,8 +189,8 @@ def padded_crop(pixels: Tensor, step: transforms.RandomCrop) -> Tensor:
 class DeviceTransform:
     """Move a batch [B, 3, H, W] to the run's device, and do there what `FastTransform` left out.
 
-    uint8 batches are normalized and, with `augment`, erased by timm's random erasing, which draws boxes from Python's
-    random stream and noise from the device's. Float batches, of --transform timm, are both already.
+    uint8 batches are normalized and, with `augment`, pass timm's random erasing, which draws boxes from Python's random
+    stream and noise from the device's. Float batches (--transform timm) come normalized and erased.
     """
 
     def __init__(self, config: ModelConfig, precision: Precision, augment: AugmentConfig | None = None) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 
 class SplitMlp(Mlp):
-    """Table 8, `split`: the patch tokens pass through the MLP, the class token as it is; [B, 1+HW, C] -> the same."""
+    """Table 8, `split`: an MLP for the patch tokens only, past the class token; [B, 1+HW, C] -> [B, 1+HW, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :1], super().forward(x[:, 1:])], dim=1)  # B, 1+HW, C
@@ -51,9 +51,9 @@ class SplitAggregateMlp(Mlp):
 class SplitAvgPoolMlp(Mlp):
     """Table 8, `split_avgpool`: as `split`, with 3x3 average pooling of the patches' hidden channels, after GELU.
 
-    The pooling replaces DAFF's depth-wise convolution, and equals one whose weights are all 1/9: stride 1, and zeros
-    around the map that count in the average. The paper gives no details: norm layers, shortcut and second
-    GELU, which are DAFF's, are not here. DHVT sets `grid_size` (H, W).
+    The pooling replaces DAFF's depth-wise convolution, and equals one with all weights 1/9: stride 1, with zero padding
+    included in the average. The paper gives no details; we leave out DAFF's norm layers, shortcut and second GELU. DHVT
+    sets `grid_size` (H, W).
     """
 
     grid_size = (0, 0)

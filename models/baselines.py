@@ -1,7 +1,7 @@
 """What DHVT is compared with on small images: CNNs and CCT, as timm's models with other layers plugged in.
 
 resnet18_cifar, resnet56_cifar: Deep Residual Learning for Image Recognition, arXiv 1512.03385. ResNet-56 is that of
-section 4.2; ResNet-18 is ImageNet's after section 4.2's stem, as everybody trains it on CIFAR.
+section 4.2; ResNet-18 is the ImageNet model with section 4.2's stem, the usual variant for CIFAR.
 wide_resnet28_10_cifar: Wide Residual Networks, arXiv 1605.07146, without dropout.
 cct_7_3x1_32: Escaping the Big Data Paradigm with Compact Transformers, arXiv 2104.05704.
 Published code: https://github.com/SHI-Labs/Compact-Transformers
@@ -25,7 +25,7 @@ __all__ = ["CCT", "CifarResNet", "CifarResNetV2"]
 
 
 def keep_resolution(model: ResNet | ResNetV2, conv: str, pool: str) -> None:
-    """Replace the stem's modules `conv` and `pool`, which divide sides by 4, by one 3x3 convolution of stride 1."""
+    """Replace a stem that downsamples by 4, the modules named `conv` and `pool`, by one 3x3 convolution of stride 1."""
     channels = model.feature_info[0]["num_chs"]
     layer = nn.Conv2d(model.in_chans, channels, 3, padding=1, bias=False, **get_device_dtype(model))
     # as timm starts the other convolutions
@@ -155,7 +155,7 @@ def resnet56_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
         "block": PaddedBlock,
         "layers": (9, 9, 9),
         "channels": (16, 32, 64),
-        # the channels of timm's deep stem, twice its width, stay
+        # only for its 2 x 8 channels: `keep_resolution` replaces the layers
         "stem_type": "deep",
         "stem_width": 8,
         "zero_init_last": False,

@@ -43,7 +43,7 @@ class TrainedModel:
 
 
 def build_model(config: ModelConfig, flag: str = "--model", grad_checkpointing: bool = False) -> nn.Module:
-    """Return a model with new weights. Raises InputError, naming the flag, where timm cannot build it."""
+    """Return a model with random or timm's weights. Raises InputError, naming the flag, where timm cannot build it."""
     cfg = find_cfg(config.name, flag)
     kwargs = dict(config.kwargs)
     if config.num_classes is not None:
@@ -147,7 +147,7 @@ def describe_trained(trained: Mapping[str, Any]) -> str:
     words = [f"--model {trained['name']}"]
     if kwargs:
         words += ["--model-kwargs", *(f"{name}={value}" for name, value in kwargs.items())]
-    return f"it is of {' '.join(words)}"[:300]
+    return f"it was trained with {' '.join(words)}"[:300]
 
 
 def print_differences(trained: Mapping[str, Any], config: ModelConfig, path: str | Path) -> None:
@@ -164,7 +164,7 @@ def print_differences(trained: Mapping[str, Any], config: ModelConfig, path: str
 def read_model_fields(saved: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the fields of ModelConfig that a file holds, whichever program wrote it.
 
-    A file is not believed beyond types and ranges. Raises InputError.
+    Files are untrusted, so types and ranges are checked. Raises InputError.
     """
     config, hub, flags = saved.get("config"), saved.get("hf_config"), saved_flags(saved)
     try:
@@ -192,7 +192,7 @@ def read_model_fields(saved: Mapping[str, Any], path: str | Path) -> dict[str, A
             values["kwargs"] = {**values["kwargs"], "base_keep_rate": saved["keep_rate"]}
         return validate_fields(values)
     except (LookupError, TypeError, ValueError, AttributeError, ArgumentTypeError) as error:
-        raise InputError(f"{path}: what it says of its model is damaged ({first_line(error)}); use another") from None
+        raise InputError(f"{path}: its model's configuration is damaged ({first_line(error)}); use another") from None
 
 
 def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return fields of ModelConfig with their types. Raises ValueError or TypeError where they cannot be meant."""
+    """Return ModelConfig's fields converted to their types. Raises ValueError or TypeError for impossible values."""
     height, width = map(int, values["input_size"])
     crop_ratio = float(values["crop_ratio"])
     if min(height, width, crop_ratio) <= 0:
@@ -265,14 +265,14 @@ def init_from_checkpoint(model: nn.Module, path: str, use_ema: bool) -> None:
 def load_teacher(path: str, student: ModelConfig, default_name: str, **overrides: Any) -> TrainedModel:
     """Return the teacher of distillation for the student's images. Raises InputError where it does not fit.
 
-    `default_name` is its model where its file does not say it; `overrides` are those of `load_trained`. The random
-    stream stays as it is: the student starts from the weights that it would have without a teacher.
+    `default_name` is the teacher's model if the file does not name it; `overrides` are those of `load_trained`. The
+    random state is restored, so that the student gets the same initial weights as without a teacher.
     """
     with torch.random.fork_rng(devices=[]):
         trained = load_trained(
             path,
             default_name=default_name,
-            remedy="give the --teacher-model it is of",
+            remedy="give the --teacher-model that it was saved from",
             input_size=student.input_size,
             **overrides,
         )
@@ -290,7 +290,7 @@ def load_teacher(path: str, student: ModelConfig, default_name: str, **overrides
 
 
 def check_teacher(teacher: TrainedModel, student: nn.Module, classes: Sequence[str], two_heads: bool) -> None:
-    """Refuse a teacher of other classes than the student's, and a student that lacks `two_heads`. Raises InputError."""
+    """Raise InputError if the teacher has other classes than the student, or the student lacks needed `two_heads`."""
     # by name, and by number where a file does not hold the names
     check_classes(f"--teacher-path {teacher.source}", teacher.classes, classes)
     if teacher.model.num_classes != student.num_classes:
@@ -306,9 +306,16 @@ def check_teacher(teacher: TrainedModel, student: nn.Module, classes: Sequence[s
         )
 
 
-def check_classes(source: str, saved: Sequence[str] | None, classes: Sequence[str]) -> None:
-    """Refuse a checkpoint of other classes than the data's, by name and number. Raises InputError."""
+def check_classes(
+    source: str, saved: Sequence[str] | None, classes: Sequence[str], num_classes: int | None = None
+) -> None:
+    """Refuse a checkpoint of other classes than the data's, by name and number. Raises InputError.
+
+    `num_classes` is the number of the model's outputs, for a file that does not name its classes.
+    """
     remedy = "is --data-path right, or did you mean --finetune?"
+    if not saved and num_classes is not None and num_classes < len(classes):
+        raise InputError(f"{source}: it has {num_classes} outputs and the data {len(classes)} classes; {remedy}")
     if not saved or list(saved) == list(classes):
         return
     if len(saved) != len(classes):

@@ -32,7 +32,7 @@ __all__ = ["DHVT"]
 
 
 class GELU(nn.Module):
-    """GELU that overwrites its input where no gradients are wanted: a new feature map costs page faults on a CPU."""
+    """GELU that works in place when gradients are disabled: a new feature map costs page faults on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
@@ -53,8 +53,8 @@ class Affine(nn.Module):
 class ConvEmbed(PatchEmbed):
     """Patch embedding by padded convolutions: a side of s pixels gives ceil(s / patch_size) patches."""
 
-    # timm's name for sides that are padded to whole patches, which the convolutions do: the grid is rounded up. It is
-    # set here too, since timm's constructor computes the grid before it sets its own.
+    # makes timm round the grid up; the padding itself is the convolutions'. A class attribute, since timm's constructor
+    # computes the grid before it sets the attribute.
     dynamic_img_pad = True
 
     def __init__(self, *args, **kwargs) -> None:
@@ -93,7 +93,7 @@ class SOPE(ConvEmbed):
             conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False, **dd)
             layers.append(nn.Sequential(conv, NORMS[norm](out_dim, **dd)))
             layers.append(GELU())
-        # GELU between the convolutions, and after one that is alone; this replaces timm's single convolution
+        # replaces timm's single convolution; no GELU after the last convolution, unless it is the only one
         self.proj = nn.Sequential(*layers[: max(2, len(layers) - 1)])
         self.pre_affine = Affine(in_chans, **dd) if affine else nn.Identity()
         self.post_affine = Affine(embed_dim, **dd) if affine else nn.Identity()

@@ -33,7 +33,7 @@ class ScoringAttention(Attention):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B, h, N, d
         k = self.k_norm(k)
         q = self.q_norm(q)
-        # the class token's row of the attention matrix, computed beside the attention, which so stays fused
+        # the class token's row of the attention matrix, computed separately so that the attention can stay fused
         scores = (q[:, :, :1] * self.scale @ k.transpose(2, 3)).softmax(dim=-1)  # B, h, 1, N
         scores = scores[:, :, 0, 1:].mean(dim=1)  # B, N-1
         # the attention itself, as timm's
@@ -47,13 +47,13 @@ class ScoringAttention(Attention):
         return self.proj_drop(self.proj(x)), scores
 
 
-# a leaf for FX, as the other wrapped functions: numbers decide what is computed
+# an FX leaf, like the other wrapped functions: FX cannot trace branches that depend on numbers
 @torch.fx.wrap
 def reorganise_tokens(x: Tensor, scores: Tensor, keep: int, fuse_token: bool) -> tuple[Tensor, Tensor | None]:
     """Keep the class token and the `keep` tokens of the highest scores; drop the others, or fuse them into one.
 
     Returns the tokens [B, 1+k, C], or [B, 2+k, C] with the fused token last, and the indices [B, k] of those kept
-    among the N-1 after the class token; x as it is, and None, if `keep` is all of them.
+    among the N-1 after the class token. If `keep` is at least N-1, returns `x` unchanged, and None.
     """
     if keep >= scores.shape[1]:
         return x, None
@@ -74,7 +74,7 @@ class ReorganisingBlock(Block):
     """timm's block, which reorganises the tokens between attention and MLP."""
 
     def forward(self, x: Tensor, keep: int, fuse_token: bool) -> tuple[Tensor, Tensor | None]:
-        """Return what `reorganise_tokens` does, the tokens after the MLP."""
+        """Return the tokens after the MLP, and the kept tokens' indices or None: see `reorganise_tokens`."""
         # attention, and its residual
         x_attn, scores = self.attn(self.norm1(x))
         x = x + self.drop_path1(self.ls1(x_attn))
@@ -196,7 +196,7 @@ class EViT(VisionTransformer):
         H, W = self.patch_embed.dynamic_feat_size(x.shape[2:])
         return count_tokens(H * W, self.keep_rates, self.fuse_token, keep_rate)
 
-    # torch.compile makes one graph for counts that vary, but would make one for each keep rate
+    # torch.compile would bake in the keep rate, a Python float, and recompile for every new rate
     count_tokens_eagerly = torch.compiler.disable(count_tokens)
 
     def forward(self, x: Tensor, keep_rate: float | None = None) -> Tensor:
@@ -216,7 +216,7 @@ class EViT(VisionTransformer):
     def iter_blocks(self, x: Tensor, counts: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each block's tokens [B, N, C], and the places [B, N-1] of those after the class token.
 
-        A place is the number of the patch that a token is, row by row; a token that block i fused has number P + i.
+        A place is the index of the patch that a token stands for, row by row; a token that block i fused has P + i.
         """
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))  # B, 1+P, C
         P = x.shape[1] - 1

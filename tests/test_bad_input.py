@@ -71,6 +71,10 @@ COMMAND_LINES = {
     "--compile --grad-checkpointing": "--compile and --grad-checkpointing: give one",
     "--batch-size 7": "--batch-size 7 must be even",
     "--bce-loss": "add --smoothing 0",
+    "--bce-loss --mixup 0 --cutmix 0 --smoothing 0.1": "add --smoothing 0",
+    "--src": "--src is the crop of --ThreeAugment",
+    "--lr-noise 0.5 --lr-noise-pct 0": "--lr-noise-pct: 0 must be above 0",
+    "--lr-noise 0.5 --lr-noise-std nan": "--lr-noise-std: nan must be 0 or more",
     "--distillation-type soft": "--distillation-type soft needs --teacher-path FILE",
     "--kd": "--kd needs --teacher-path FILE",
     f"{TEACH} --kd": "--kd and --distillation-type hard: give one",
@@ -115,6 +119,12 @@ def change(make: Callable[[dict], object]) -> Callable[[], None]:
         torch.save(saved if result is None else result, "run/checkpoint.pth")
 
     return prepare
+
+
+def cut_head(saved: dict) -> dict:
+    """Return a checkpoint's weights with three classes."""
+    head = ("head.weight", "head.bias")
+    return {name: tensor[:3] if name in head else tensor for name, tensor in saved["model"].items()}
 
 
 def old_hostile() -> None:
@@ -224,6 +234,8 @@ ROWS = {
     "optimizer's argument": Row("--opt-kwargs amsgrade=true", "'amsgrade'", "--opt-kwargs"),
     "optimizer's argument with a flag": Row("--opt-kwargs eps=1", "'eps'", "change --opt-kwargs"),
     "optimizer's argument out of range": Row("--opt adamp --opt-kwargs fused=3", "'fused'", "change --opt-kwargs"),
+    "optimizer of second order": Row("--opt adahessian", "--opt adahessian", "choose another"),
+    "schedule longer than the run": Row("--sched wsd", "--sched wsd", "--decay-epochs"),
     "no weights of DHVT": Row("--pretrained", "dhvt_tiny_cifar_patch4", "train it, or give --finetune FILE"),
     "two kinds of weights": Row("--pretrained --finetune x", "--pretrained and --finetune", "give one"),
     "not Python": Row(
@@ -334,6 +346,9 @@ ROWS = {
     "other width": Row(f"{RESUME} --model-kwargs depth=1 embed_dim=48 num_heads=2", "1, 1, 32", "'embed_dim': 32"),
     "other decay": Row(f"{RESUME} --weight-decay 0", "run/checkpoint.pth", "--weight-decay"),
     "other number of classes": Row(f"{FOLDER} {EVAL}", "10 classes and the data 2", "--data-path"),
+    "fewer outputs than classes": Row(
+        f"{EVAL} --nb-classes 3", "3 outputs and the data 10", "--data-path", change(lambda s: {"model": cut_head(s)})
+    ),
     "other classes": Row(RESUME, "class 9 is ten", "--data-path", change(lambda s: s["classes"].__setitem__(9, "ten"))),
     "weights only": Row(RESUME, "weights only", "did you mean --eval or --finetune?", change(lambda s: s["model"])),
     # fine-tuning

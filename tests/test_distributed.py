@@ -135,6 +135,17 @@ def test_who_is_alone_and_who_is_not(monkeypatch):
         world(monkeypatch, WORLD_SIZE="many")
 
 
+def test_how_many_processes_share_a_machine(monkeypatch):
+    step = {"SLURM_STEP_NUM_TASKS": "9", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_TASKS_PER_NODE": "4(x2),1"}
+    torchruns = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    # a batch script that asked for two tasks per node, in which a step has four
+    for env, expected in (({}, 1), (torchruns, 2), (step | {"SLURM_NTASKS_PER_NODE": "2"}, 4), (step | torchruns, 2)):
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            assert distributed.local_world_size() == expected, env
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("n1", "n1"), ("gpu[003,005-9],m1", "gpu003"), ("a1,b2", "a1"), ("r[1-2]-ib,x", "r1-ib")],

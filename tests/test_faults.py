@@ -168,6 +168,9 @@ def test_a_checkpoint_is_downloaded_once_and_what_is_missing_is_one_line(quick_r
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         downloaded = weights.load(f"{address}/checkpoint.pth")
+        # another file of that name, in another folder
+        with pytest.raises(InputError, match=f"^{address}/other/checkpoint.pth: cannot be downloaded"):
+            weights.load(f"{address}/other/checkpoint.pth")
         with pytest.raises(InputError, match=f"^{address}/missing.pth: cannot be downloaded .*; download it"):
             weights.load(f"{address}/missing.pth")
     finally:
@@ -177,6 +180,17 @@ def test_a_checkpoint_is_downloaded_once_and_what_is_missing_is_one_line(quick_r
     assert differences(downloaded, expected) == []
     # from torch.hub's cache: the server is gone
     assert differences(weights.load(f"{address}/checkpoint.pth"), expected) == []
+
+
+def test_a_gpu_without_memory_left_is_one_line(quick_flags, monkeypatch, capsys):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB.\nSee more")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    capsys.readouterr()
+    assert main.main(quick_flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "lower --batch-size" in error and "GPU 0" not in error
 
 
 def test_what_cannot_be_deterministic_ends_the_run(quick_flags, monkeypatch, capsys):

@@ -124,14 +124,14 @@ class Recorder:
 def place(tiny_run, tmp_path_factory) -> Path:
     """Return a folder with run/, which is `tiny_run`, teachers and images/.
 
-    old.pth is a checkpoint without its epoch, held_out.pth one with a hold-out.
+    old.pth is a checkpoint without its epoch, held_out.pth one with a hold-out, packed.pth one of a database.
     """
     folder = tmp_path_factory.mktemp("flags")
     (folder / "run").symlink_to(tiny_run)
     saved = torch.load(tiny_run / "checkpoint.pth")
     torch.save({name: value for name, value in saved.items() if name != "epoch"}, folder / "old.pth")
-    saved["data"]["val_fraction"] = 0.1
-    torch.save(saved, folder / "held_out.pth")
+    for file, field, value in (("held_out.pth", "val_fraction", 0.1), ("packed.pth", "lmdb", True)):
+        torch.save({**saved, "data": {**saved["data"], field: value}}, folder / file)
     teacher = timm.create_model("test_resnet", num_classes=10)
     torch.save(teacher.state_dict(), folder / "teacher.pth")
     nn.init.constant_(teacher.fc.bias, 2.0)
@@ -268,6 +268,7 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--model-ema-force-cpu": ("", "", "state.ema.device", "cpu"),
     "--base_keep_rate": ("0.5", f"{EVIT} --shrink_start_epoch 0", keep_rates, [0.5] * 14),
     "--fuse_token": ("", EVIT, "state.model.fuse_token", True),
+    "--no-fuse_token": ("", f"{EVIT} --fuse_token", "state.model.fuse_token", False),
     "--drop_loc": ("0", EVIT, "state.model.drop_loc", (0,)),
     "--shrink_start_epoch": ("2", EVIT, keep_rates, [1.0] * 2 + [0.7] * 12),
     "--shrink_epochs": ("2", EVIT, keep_rates, [1.0] * 11 + [0.85] + [0.7] * 2),
@@ -321,7 +322,7 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--remode": ("const", "", "augment.remode", "const"),
     "--recount": ("2", "", "kwargs.prepare.random_erasing.max_count", 2),
     "--ThreeAugment": ("", "", "augment.three_augment", True),
-    "--src": ("", "", "augment.src", True),
+    "--src": ("", "--ThreeAugment", "augment.src", True),
     "--repeated-aug": ("", "--no-repeated-aug", "loader.sampler.repeated_aug", True),
     "--no-repeated-aug": ("", "", "loader.sampler.repeated_aug", False),
     "--data-set": ("CIFAR-10", "--data-path x", "data.name", "CIFAR-10"),
@@ -335,6 +336,7 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--split-seed": ("7", "--folds 3", "val_data.split_seed", 7),
     "--split": ("test", "--eval --resume held_out.pth", "val_data.holds_out", False),
     "--use-lmdb": ("", "--data-set FOLDER --data-path x", "data.lmdb", True),
+    "--no-use-lmdb": ("", "--eval --resume packed.pth", "val_data.lmdb", False),
     "--inat-category": ("order", "--data-set INAT --data-path x", "data.inat_category", "order"),
     "--transform": ("timm", "", "data.transform", "timm"),
     "--num_workers": ("3", "", "loader.num_workers", 3),

@@ -325,7 +325,7 @@ FAULTS: dict[str, tuple] = {
     "class name above": ("csv", replace("", "cat", ".."), "images.csv, line 2", "SPLIT/CLASS/FILE"),
     "split of a path": ("csv", replace("", "train", "a/b"), "images.csv, line 2", "SPLIT/CLASS/FILE"),
     "no split train": ("csv", lambda source: source.write_text(ROWS.replace("train", "learn")), "train"),
-    "one name twice": ("csv", list_another_file, "patient2"),
+    "one name twice": ("csv", list_another_file, "images.csv, line", "patient2_1.png", "rename"),
 }
 
 

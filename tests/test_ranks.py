@@ -30,7 +30,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # rank, library's function, which call of it fails, with what, and that rank's exit status
 FAULTS = {
     "loader": (1, Image, "open", 40, OSError("broken"), 2),
-    "memory": (1, torch.optim.AdamW, "step", 5, torch.OutOfMemoryError("out of memory"), 1),
+    "memory": (1, torch.optim.AdamW, "step", 5, torch.OutOfMemoryError("out of memory"), 2),
     "bug": (0, torch.optim.AdamW, "step", 5, ZeroDivisionError("a bug"), 1),
     "save": (0, torch, "save", 1, FULL, 2),
     "log": (0, EventsWriter, "write_event", 3, FULL, 2),

@@ -20,6 +20,7 @@ from sklearn import metrics
 
 import folder2lmdb
 import main
+import predict
 from util import report
 
 CLASSES = ["ant", "bee", "cow$", "dog", "4"]  # dog has no validation images, and the fifth output no name
@@ -190,6 +191,23 @@ def test_images_without_files_are_named_by_their_number_and_few_mistakes_are_eno
     assert [row["file"] for row in rows] == [f"image {i}" for i in range(360)]
     logged = json.loads((tiny_run / "log.txt").read_text())
     assert sum(row["label"] == row["prediction"] for row in rows) / 3.6 == pytest.approx(logged["test_acc1"])
+
+
+def test_names_of_files_need_not_be_utf_8(plain, tmp_path, capfd):
+    root = shutil.copytree(plain.root, tmp_path / "data")
+    image = next((root / "val" / CLASSES[0]).iterdir())
+    os.rename(image, os.fsencode(image.parent) + b"/caf\xe9.bmp")
+    report_folder = tmp_path / "report"
+    assert main.main([*plain.flags, "--data-path", str(root), "--report", str(report_folder)]) == 0
+    assert b"caf\xe9.bmp" in (report_folder / "predictions.csv").read_bytes()
+
+    table = tmp_path / "table.csv"
+    checkpoint = plain.flags[plain.flags.index("--resume") + 1]
+    model = ["--model", "dhvt_tiny_cifar_patch4", "--model-kwargs", "depth=1", "embed_dim=32", "num_heads=2"]
+    words = [str(root / "val"), "--checkpoint", checkpoint, *model, "--csv", str(table), "--device", "cpu"]
+    capfd.readouterr()
+    assert predict.main([*words, "--nb-classes", "5"]) == 0
+    assert b"caf\xe9.bmp" in table.read_bytes() and "caf?.bmp" in capfd.readouterr().out
 
 
 def test_shares_are_put_in_the_data_sets_order_and_may_be_empty():

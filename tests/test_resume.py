@@ -4,6 +4,7 @@ test_survival.py kills runs and shows that they resume to the same end.
 """
 
 import argparse
+import copy
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import pytest
 import timm
 import torch
 from test_training import run_state
+from torch import nn
 
 import main
 from util import checkpoint, log, optim, weights
@@ -71,6 +73,39 @@ def test_another_optimizer_starts_its_state_anew(quick_run, quick_flags, capsys)
     assert "--opt was adamw; rmsprop starts without its state" in capsys.readouterr().out
 
 
+def make_updates(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        model.zero_grad()
+        model(torch.randn(3, 4)).square().mean().backward()
+        optimizer.step()
+
+
+# kron is compiled, which takes half a minute; the others need a GPU, or are refused
+OPTIMIZERS = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith("kron") else name
+    for name in [*timm.optim.list_optimizers(), "lookahead_adamw"]
+    if not name.startswith(("bnb", "fused", "adahessian"))
+]
+
+
+@pytest.mark.parametrize("opt", OPTIMIZERS)
+def test_every_optimizer_continues_as_if_it_had_not_been_stopped(opt, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    copied = copy.deepcopy(model)
+    how = {"opt": opt, "lr": 0.01, "weight_decay": 0.05, "momentum": 0.9}
+    optimizer, fresh = (optim.build_optimizer(m, torch.device("cpu"), **how) for m in (model, copied))
+    # lookahead counts to six, twice
+    make_updates(model, optimizer, 7)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pth")
+    saved = weights.load(tmp_path / "c.pth")
+    copied.load_state_dict(saved["model"])
+    checkpoint.load_optimizer(fresh, saved["optimizer"], "a file")
+    for network, its_optimizer in ((model, optimizer), (copied, fresh)):
+        torch.manual_seed(1)
+        make_updates(network, its_optimizer, 7)
+    assert differences(copied.state_dict(), model.state_dict()) == []
+
+
 def test_moments_take_the_memory_format_that_their_weights_have_now():
     """The fused kernels read both in the order of memory: after --channels-last was changed they would not fit."""
     weights = [torch.randn(4, 3, 3, 3).to(memory_format=f) for f in (torch.contiguous_format, torch.channels_last)]
@@ -88,6 +123,22 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tiny_run, tiny_flags, capsys)
     run(*tiny_flags, "--output_dir", str(tiny_run), "--resume", "auto")
     assert "this run is finished (1 epochs of 1)" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in tiny_run.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("launcher", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_run_that_its_launcher_starts_again_goes_on_from_its_own_checkpoint(
+    quick_run, quick_flags, tmp_path, monkeypatch, launcher
+):
+    flags = [*quick_flags, "--epochs", "3", "--resume", str(quick_run / "checkpoint.pth"), "--output_dir"]
+    out = str(tmp_path / "out")
+    # nothing is saved yet: the file counts, in a second start too
+    monkeypatch.setenv(launcher, "1")
+    run(*flags, out)
+    before = (tmp_path / "out" / "checkpoint.pth").read_bytes()
+    run(*flags, out)
+    assert (tmp_path / "out" / "checkpoint.pth").read_bytes() == before
+    monkeypatch.delenv(launcher)
+    assert main.main([*flags, out]) == 2
 
 
 def test_auto_skips_what_cannot_be_read_down_to_the_best_checkpoints(tmp_path, capsys):

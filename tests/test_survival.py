@@ -101,8 +101,10 @@ def run_and_kill(
         assert others == [1] * len(others) or finished, case
     elif result["status"] == [75] * ranks:
         assert result["lost"] == 0, case
-        (line,) = result["err"][0].splitlines()
+        *received, line = result["err"][0].splitlines()
         name = signal.Signals(kill["signal"]).name if kill["rank"] == 0 else "a signal to another process"
+        # said at once where it came
+        assert len(received) == (kill["rank"] == 0) and all(text.startswith(f"{name}: ") for text in received), case
         assert line.startswith(f"main.py: stopped by {name} in ") and "--resume auto" in line, case
     else:  # it came after the last update
         assert result["status"] == [0] * ranks and finished, case

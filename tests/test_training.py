@@ -443,4 +443,4 @@ def test_a_difference_from_training_is_said(tiny_run, capsys):
     assert main.main([*resume, "--input-size", "24"]) == 0
     assert "trained at 32x32, evaluating at 24x24" in capsys.readouterr().out
     assert main.main([*resume, "--model", "dhvt_small_cifar_patch2"]) == 2
-    assert "it is of --model dhvt_tiny_cifar_patch4" in capsys.readouterr().err
+    assert "it was trained with --model dhvt_tiny_cifar_patch4" in capsys.readouterr().err

@@ -114,8 +114,8 @@ def rollout(weights: np.ndarray, layout: TokenLayout) -> np.ndarray:
 
     Attention rollout (Quantifying Attention Flow in Transformers, arXiv 2005.00928) of weights [blocks, h, N, N]: the
     mean of the heads, plus the identity for the residual connection, rows normalised, multiplied through the blocks.
-    A head token is a token of its block only: it is made of the mean of the others, and the mean of the head tokens'
-    outputs is added to the class token, as DHVT does both. Shares are of all patches: they sum to 1.
+    Head tokens exist within one block only. As in DHVT, they are made from the mean of the other tokens, and the mean
+    of their outputs is added to the class token. The shares of all patches sum to 1.
     """
     heads = layout.count_head_tokens(weights)
     tokens = layout.patches.stop

@@ -24,6 +24,9 @@ from util.weights import first_line, get_weights, load, load_weights, saved_flag
 # checkpoint_0012.pth: epoch 12 is finished; checkpoint_0013_000200.pth: 200 updates of epoch 13 are made
 NUMBERED = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
 
+# what LAMB, Adan and Lookahead count in their parameter groups
+GROUP_COUNTERS = ("step", "lookahead_step")
+
 # flags whose change at a resume changes no result
 FLAGS_WITHOUT_EFFECT = {
     "given",
@@ -79,7 +82,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 def link_atomic(source: Path, target: Path) -> None:
     """Replace `target` by another name of the file `source`, or by a copy where the file system has no links."""
-    # not open_atomic's name: writing to what a kill left under this one would change a checkpoint
+    # not open_atomic's name: a killed run may leave a hard link here, and writing to it would overwrite a checkpoint
     temporary = target.with_name(".link.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -105,7 +108,7 @@ class TrainState:
     args: dict[str, Any]
     updates_per_epoch: int
     folder: Path | None = None
-    # where the run is: the last finished epoch, from 0, and what is done of the one after it
+    # progress: the last finished epoch (from 0, -1 before the first), then the part done of the epoch after it
     epoch: int = -1
     update: int = 0
     losses: list[float] = field(default_factory=list)
@@ -179,7 +182,7 @@ class TrainState:
             "data": asdict(self.data),
             "classes": list(self.classes),
             "wandb_id": self.wandb_id,
-            # at an epoch's end there is none: the next epoch may have other batches
+            # None between epochs, since a resumed run may batch the next epoch differently
             "position": position | {"conditions": self.batch_layout} if self.update else None,
             **{name: getattr(self, name) for name in self.PROGRESS},
         }
@@ -187,14 +190,14 @@ class TrainState:
     def load_state_dict(self, saved: Mapping[str, Any], source: str) -> None:
         """Continue from a checkpoint of this program or of the published scripts. Raises InputError.
 
-        Learning rates follow today's flags: the schedule is a function of the epoch. Changed flags are reported.
+        Learning rates follow the current flags, as the schedule is a function of the epoch. Changed flags are printed.
         """
         if "optimizer" not in saved:
             raise InputError(f"{source}: holds weights only, no run to resume; did you mean --eval or --finetune?")
         # Weights, and their EMA
         flags = saved_flags(saved)
         model = f"--model {flags.get('model')}, --model-kwargs {flags.get('model_kwargs')}"[:300]
-        remedy = f"it is of {model}: give the flags it was trained with; or did you mean --finetune?"
+        remedy = f"it was trained with {model}: give the same flags; or did you mean --finetune?"
         weights = get_weights(saved, source)
         load_weights(self.model, weights, source, remedy)
         if self.ema is not None:
@@ -204,7 +207,7 @@ class TrainState:
                 print0(f"{source}: no EMA in it; the EMA starts from the loaded weights")
             load_weights(self.ema.module, weights, source, remedy)
 
-        # Optimizer; another one would not know what to make of the moments
+        # Optimizer state, which is of no use to another kind of optimizer
         opt = self.args["opt"]
         if flags.get("opt", opt).lower() == opt.lower():
             load_optimizer(self.optimizer, saved["optimizer"], source)
@@ -215,7 +218,7 @@ class TrainState:
 
         # Position of the run, here and in its log; then report which flags are others now
         self._load_progress(saved, source)
-        # in another folder it is another run
+        # a resume into another folder starts a new W&B run
         if self.folder and Path(source).resolve().parent == self.folder.resolve():
             self.wandb_id = saved.get("wandb_id")
         for name, value in self.args.items():
@@ -229,7 +232,7 @@ class TrainState:
             for name in self.PROGRESS:
                 value = saved.get(name)
                 if value is not None:
-                    # a TypeError for what is no number
+                    # unary plus raises TypeError unless it is a number
                     setattr(self, name, +value)
             position = saved.get("position")
             if not position:
@@ -257,17 +260,17 @@ class TrainState:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: str) -> None:
-    """Restore an optimizer's moments; learning rate, weight decay and the like stay as the flags have them now.
+    """Restore an optimizer's moments and counters; learning rate, weight decay and the like follow the current flags.
 
     Raises InputError.
     """
     try:
+        # keep the current `fused`, by which torch decides whether `step` is on the device
         groups = [
-            {**now, "params": before["params"]}
+            {**now, **{name: before[name] for name in GROUP_COUNTERS if name in before}, "params": before["params"]}
             for now, before in zip(optimizer.param_groups, saved["param_groups"], strict=True)
         ]
-        # torch reads `fused` in the group to decide whether `step` is on the device or on the CPU
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        optimizer.load_state_dict({**saved, "param_groups": groups})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{source}: its optimizer state does not fit ({first_line(error)}); was --opt, --weight-decay, "
@@ -277,14 +280,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def save_checkpoint(content: Mapping[str, Any], folder: Path, keep: int, best: Sequence[str] = ()) -> None:
-    """Write one checkpoint as the files `best`, a numbered one and checkpoint.pth.
+    """Write one checkpoint under the names in `best`, a numbered name and checkpoint.pth.
 
-    The numbered files of the last `keep` epochs stay, and the newest one; with `keep` 1 there are none. Files of later
-    moments, left by a run that was resumed from an earlier one, are removed.
+    Numbered files of the last `keep` epochs and the newest one are kept; with `keep` 1 none is written. Numbered files
+    ahead of this one, left over when a run was resumed from an earlier point, are removed.
     """
     epoch = content["epoch"]
     update = (content.get("position") or {}).get("update", 0)
@@ -298,7 +301,7 @@ def save_checkpoint(content: Mapping[str, Any], folder: Path, keep: int, best: S
         for name in others:
             link_atomic(folder / first, folder / name)
 
-        # Remove old numbered files, and those of a future that was left
+        # Remove numbered files that are old, or ahead of this point
         files = numbered_checkpoints(folder)
         past = [position for position in files if position <= (epoch + 1, update)]
         finished = [(epoch, update) for epoch, update in past if not update]
@@ -326,15 +329,25 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [*reversed(numbered_checkpoints(folder).values()), *filter(Path.is_file, named)]
 
 
-def check_output_dir(output_dir: str, resume: str) -> None:
-    """Refuse a folder that training would overwrite. Raises InputError."""
+def check_output_dir(output_dir: str, resume: str) -> str:
+    """Return the --resume to train with: auto if Slurm or torchrun has restarted a run with checkpoints, else `resume`.
+
+    Raises InputError for a folder that training would overwrite.
+    """
+    if not output_dir:
+        print0("Nothing will be saved: there is no --output_dir")
+        return resume
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: a file; name a folder")
     if resume == "auto" or not find_checkpoints(folder):
-        return
+        return resume
+    # a restarted run has its original flags, whose --resume may name another run's checkpoint
+    if resume and distributed.is_restarted():
+        return "auto"
     if not resume or Path(resume).resolve().parent != folder.resolve():
         raise InputError(f"--output_dir {folder}: holds a run; continue it with --resume auto, or name another folder")
+    return resume
 
 
 def resolve_resume(resume: str, output_dir: str) -> str:

@@ -16,6 +16,7 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from util import distributed
@@ -25,7 +26,7 @@ from util.weights import first_line
 # exit status of a run that a signal stopped and that can be resumed (EX_TEMPFAIL)
 STOPPED = 75
 
-# flags of other training scripts, and what they are called here, where the spelling does not tell
+# names of flags in other training scripts, and ours, where difflib would not find it by spelling
 SYNONYMS = {
     "batch": "--batch-size",
     "cpu": "--device",
@@ -44,16 +45,16 @@ SYNONYMS = {
 }
 
 # flags that say where a run was, and not what it computed
-NOT_REPEATED = ("device", "config", "output_dir", "resume", "start_epoch", "given")
-# flags that the machine decides if they are not given
-RESOLVED = ("amp", "dist_backend")
+PLACE_FLAGS = ("device", "config", "output_dir", "resume", "start_epoch", "given")
+# flags whose default the machine chooses; args.json holds its choice
+AUTO_FLAGS = ("amp", "dist_backend")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show the defaults that say something, and keep the line breaks of examples."""
+    """Show defaults where they are informative, and keep the line breaks of examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # 0 says something, a switch that is off does not
+        # 0 is informative; False, None and empty values are not
         shown = action.default or type(action.default) in (int, float)
         return super()._get_help_string(action) if shown else action.help
 
@@ -193,9 +194,9 @@ MODEL_FLAGS = (
     ("--nb-classes", positive_int, None, "number of classes; default: from the data"),
     ("--eval-crop-ratio", open_fraction, None, "share of the image that evaluation's center crop keeps"),
     ("--mean", [fraction] * 3, None, "mean of the pixels in red, green and blue, from 0 to 1"),
-    ("--std", [open_fraction] * 3, None, "their standard deviation"),
+    ("--std", [open_fraction] * 3, None, "standard deviation of the pixels in red, green and blue"),
     ("--base_keep_rate", open_fraction, None, "EViT: share of the tokens that blocks of --drop_loc keep"),
-    ("--fuse_token", bool, False, "EViT: fuse the other tokens into one"),
+    ("--fuse_token", argparse.BooleanOptionalAction, False, "EViT: fuse the other tokens into one"),
     ("--drop_loc", parse_block_numbers, None, "EViT: blocks that reorganise tokens, from 0, for example 3,6,9"),
 )
 CHECKPOINT_FLAGS = (
@@ -207,8 +208,8 @@ CHECKPOINT_FLAGS = (
 def add_flags(group, rows: Sequence[tuple]) -> None:
     """Add flags to a parser or one of its groups; a row has the spellings, the type, the default and the help.
 
-    The type bool makes a switch, BooleanOptionalAction a pair --X and --no-X; a tuple lists choices, and a type in
-    brackets takes several values, as many as it is repeated. A dictionary is what argparse takes.
+    The type bool makes a switch, BooleanOptionalAction a pair --X and --no-X; a tuple lists choices. [type] takes one
+    or more values, [type] * n exactly n. A dictionary holds keyword arguments of add_argument.
     """
     for flags, kind, default, text in rows:
         if isinstance(kind, dict):
@@ -262,8 +263,8 @@ def to_words(name: str, value: Any, action: argparse.Action | None) -> list[str]
 def read_config(path: str, parser: Parser) -> list[str]:
     """Return the flags of a YAML or JSON file as words of a command line, checked as if they had been typed.
 
-    Of a run's args.json those count that were given or are at another default today, except `NOT_REPEATED`. Raises
-    InputError.
+    From a run's args.json, only flags that were given, or whose default has changed since, are taken, and none of
+    `PLACE_FLAGS`. Raises InputError.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -280,12 +281,12 @@ def read_config(path: str, parser: Parser) -> list[str]:
         content = {
             name: value
             for name, value in content.items()
-            if name in given or (name in defaults and name not in RESOLVED and value != defaults[name])
+            if name in given or (name in defaults and name not in AUTO_FLAGS and value != defaults[name])
         }
-        for name in NOT_REPEATED:
+        for name in PLACE_FLAGS:
             content.pop(name, None)
 
-    # As words; those of a bad flag are refused here, so that the line names the file
+    # Parse the words here already, so that the error for a bad flag names the file
     actions = {flag.replace("_", "-"): action for flag, action in parser._option_string_actions.items()}
     try:
         words = []
@@ -317,7 +318,10 @@ def explain(error: BaseException) -> tuple[str, int]:
     if type(error).__module__.startswith("torch._dynamo"):
         return f"--compile: {lines[0]}; leave it out", 2
     if distributed.is_lost_connection(error):
-        return "lost another process: it has ended and said why, or is silent (--dist-timeout)", 1
+        return "lost another process: see its own error, or it was silent for --dist-timeout seconds", 1
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = lines[0].partition(". ")[0]
+        return f"{reason}; lower --batch-size (--accum-steps makes up for it), or add --grad-checkpointing", 2
     # a bug
     traceback.print_exc()
     return "", 1

@@ -123,9 +123,9 @@ DATA_SETS = ("DIGITS", *FOLDER_DATA_SETS, *TORCHVISION_SETS, *INATURALIST)
 class ModelConfig:
     """A model as timm registers it, and how its images are prepared for evaluation.
 
-    `kwargs` are passed on to the model. `num_classes` None is the model's own default. `crop_ratio` is the share of
-    the resized image that the center crop keeps; with 1 images are resized to `input_size` (height, width). They are
-    resized in proportion, or not with `crop_mode` "squash", and by `interpolation` (timm's names).
+    `kwargs` are passed on to the model; `num_classes` None keeps its default. Images are resized to `input_size`
+    (height, width) / `crop_ratio`, by `interpolation` (timm's names), and center-cropped to `input_size`. Resizing fits
+    the short side and keeps the aspect ratio, unless `crop_mode` is "squash".
     """
 
     name: str
@@ -143,8 +143,8 @@ class ModelConfig:
 class DataConfig:
     """A data set (a name of `DATA_SETS`), where it is, and how it is read.
 
-    `train_split` and `val_split` are folders below `root`, or databases there, of `FOLDER_DATA_SETS`. Of the training
-    split a run takes `train_fraction`, and holds out for validation `val_fraction` of that, or `fold` of `folds`.
+    For `FOLDER_DATA_SETS`, `train_split` and `val_split` name folders or databases below `root`. A run uses
+    `train_fraction` of the training split, and holds out `val_fraction` of that, or `fold` of `folds`, for validation.
     """
 
     name: str = "IMNET"
@@ -180,7 +180,7 @@ class DataConfig:
 class AugmentConfig:
     """How training images are augmented, besides mixup and cutmix.
 
-    `scale` and `ratio` are of the random resized crop; None is timm's, as `hflip` and `crop` None leave it to the data.
+    None is timm's default for `scale` and `ratio` (of the random resized crop), the data set's for `hflip` and `crop`.
     """
 
     aa: str = "rand-m9-mstd0.5-inc1"

@@ -55,7 +55,7 @@ AUGMENT_FLAGS = (
     ),
     ("--scale", [open_fraction] * 2, None, "least and largest share of the image in a random resized crop"),
     ("--ratio", [positive_float] * 2, None, "least and largest width / height of a random resized crop"),
-    ("--hflip", fraction, None, "probability of mirroring; default: 0.5, or 0 where it makes another class (digits)"),
+    ("--hflip", fraction, None, "probability of mirroring; default: 0.5, or 0 where it changes the class (digits)"),
     ("--vflip", fraction, 0.0, "probability of turning images upside down"),
     (
         "--train-interpolation",
@@ -67,7 +67,7 @@ AUGMENT_FLAGS = (
         "--repeated-aug",
         BooleanOptionalAction,
         True,
-        "each image three times per epoch, differently augmented; an epoch shows a third of them (all below 256)",
+        "each image three times per epoch, augmented differently; an epoch has a third of the images (below 256: all)",
     ),
     ("--reprob", fraction, 0.25, "probability of random erasing"),
     ("--remode", ("pixel", "rand", "const"), "pixel", "what random erasing fills with"),
@@ -80,7 +80,7 @@ AUGMENT_FLAGS = (
     ("--mixup-prob", fraction, 1.0, "probability of mixup or cutmix per batch"),
     ("--mixup-switch-prob", fraction, 0.5, "probability of cutmix where both are on"),
     ("--mixup-mode", ("batch", "pair", "elem"), "batch", "draw per batch, pair or image"),
-    ("--mixup-off-epoch", nonnegative_int, 0, "first epoch without mixup and cutmix; 0: none"),
+    ("--mixup-off-epoch", nonnegative_int, 0, "first epoch without mixup and cutmix; 0: never switch them off"),
 )
 DATA_FLAGS = (
     (
@@ -90,20 +90,20 @@ DATA_FLAGS = (
         "FOLDER: any train/CLASS/ and val/CLASS/; DIGITS needs no data; docs/small_data.md lists downloadable ones",
     ),
     ("--data-path", str, None, "folder of the data"),
-    ("--train-split", str, "train", "name of the folder of training images, where they are in class folders"),
-    ("--val-split", str, "val", "name of the folder of validation images"),
+    ("--train-split", str, "train", "folder (or .lmdb) of training images below --data-path, for class folders"),
+    ("--val-split", str, "val", "the same for validation images"),
     ("--train-fraction", open_fraction, 1.0, "train on this share of each class's training images"),
-    ("--val-fraction", below_one, 0.0, "hold out this share of them for validation, and leave the test split alone"),
-    ("--folds", number(int, lambda v: v == 0 or v > 1, "0 or at least 2"), 0, "hold out one of so many folds instead"),
-    ("--fold", nonnegative_int, 0, "number of the fold that is held out, from 0"),
-    ("--split-seed", nonnegative_int, 0, "seed of these splits"),
+    ("--val-fraction", below_one, 0.0, "hold out this share of the training images; the test split is left alone"),
+    ("--folds", number(int, lambda v: v == 0 or v > 1, "0 or at least 2"), 0, "hold out one of N folds instead"),
+    ("--fold", nonnegative_int, 0, "index of the fold to hold out, from 0"),
+    ("--split-seed", nonnegative_int, 0, "seed of --train-fraction, --val-fraction and --folds"),
     (
         "--split",
         ("val", "test"),
         "val",
-        "with --eval and --visualize: test is the data's own split, despite a hold-out",
+        "with --eval and --visualize: val is the hold-out, if there is one; test is the data's own validation split",
     ),
-    ("--use-lmdb", bool, False, "read train.lmdb and val.lmdb, which folder2lmdb.py writes"),
+    ("--use-lmdb", BooleanOptionalAction, False, "read train.lmdb and val.lmdb, which folder2lmdb.py writes"),
     ("--inat-category", INAT_CATEGORIES, "name", "what counts as a class of iNaturalist"),
     ("--transform", ("fast", "timm"), "fast", "timm: the reference augmentation, slower"),
     ("--num_workers", nonnegative_int, None, "loader workers; default: this process's cores, at most 10"),
@@ -117,9 +117,10 @@ def data_config(
     saved: DataConfig | None = None,
     resumed: DataConfig | None = None,
 ) -> DataConfig:
-    """Return the data set that the flags describe, or a checkpoint's, `saved`, as far as flags were not given.
+    """Return the data set that the flags describe. Raises InputError for flags that contradict each other.
 
-    `resumed` is that of a run that goes on. Raises InputError for flags that contradict each other or a checkpoint.
+    `saved` comes from a checkpoint to evaluate, and supplies what no flag gives. `resumed` comes from a run to
+    continue: the flags decide, but they must split the training images as that run did.
     """
     flags = {"name": "data_set", "root": "data_path", "lmdb": "use_lmdb"}
     flags |= {name: name for name in ("inat_category", "train_split", "val_split", *SPLIT_FIELDS)}
@@ -143,18 +144,18 @@ def data_config(
 
 
 def check_split(saved: DataConfig, data: DataConfig) -> None:
-    """Refuse to train or validate a checkpoint on other parts of the training split than its own. Raises InputError."""
+    """Raise InputError if the flags split the training images in another way than the checkpoint's run did."""
     for name in SPLIT_FIELDS:
         before, now = getattr(saved, name), getattr(data, name)
         if before != now:
             raise InputError(
-                f"--{name.replace('_', '-')} {now:g}: the checkpoint was trained with {before:g}, and images of "
-                "training and validation would mix; give the same, --split test to evaluate, or start anew"
+                f"--{name.replace('_', '-')} {now:g}: the checkpoint was trained with {before:g}, so training and "
+                "validation images would mix; give the same value, --split test to evaluate, or start a new run"
             )
 
 
 def pretrained_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Return how timm evaluates its weights, as fields of ModelConfig, where flags do not say it. Raises InputError."""
+    """Return ModelConfig fields for timm's weights, as timm evaluates them, unless flags differ. Raises InputError."""
     if args.finetune:
         raise InputError("--pretrained and --finetune both start from weights: give one")
     cfg = find_cfg(args.model)

@@ -1,4 +1,4 @@
-"""Processes and devices: the only place, the benchmark apart, that uses torch.distributed and torch.cuda."""
+"""Processes and devices: the only product file that uses torch.distributed and torch.cuda."""
 
 import ctypes
 import gc
@@ -55,11 +55,18 @@ def find_world() -> tuple[int, int, int]:
     return env_int("SLURM_PROCID"), env_int("SLURM_LOCALID"), world
 
 
+def is_restarted() -> bool:
+    """Return whether Slurm or torchrun has started this run before."""
+    return env_int("SLURM_RESTART_COUNT") + env_int("TORCHELASTIC_RESTART_COUNT") > 0
+
+
 def local_world_size() -> int:
     """Return the number of this run's processes on this machine."""
     if find_world()[2] == 1:
         return 1
-    return env_int("LOCAL_WORLD_SIZE", env_int("SLURM_NTASKS_PER_NODE", 1))
+    # Slurm lists tasks per node as "2(x3),1": assume the first node's count on all
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return env_int("LOCAL_WORLD_SIZE", int(tasks[0]))
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
@@ -90,7 +97,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
 def init(device_name: str | None, backend: str | None = None, timeout_s: float = 600.0) -> torch.device:
     """Join the other processes, if there are any, and return this one's device. Raises InputError.
 
-    A process that is silent for `timeout_s` seconds is given up.
+    Collectives fail when a process does not answer for `timeout_s` seconds.
     """
     global _gloo_group
     rank, local_rank, world = find_world()

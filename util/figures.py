@@ -265,7 +265,7 @@ def draw_distances(
     blocks: np.ndarray,
     even: float,
 ) -> Picture:
-    """Draw mean attention distances [blocks, h]; `even` is that of attention which is the same to all patches."""
+    """Draw mean attention distances [blocks, h] in pixels; `even` is the distance under uniform attention."""
     figure = Figure((9, 5), layout="constrained")
     axes = figure.subplots()
     for head, distances in enumerate(values.T, start=1):

@@ -61,7 +61,7 @@ class EpochProgress:
         self.waited = 0.0
         self.images = 0
 
-    def wait(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def next_batch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return the next batch, and count its images and the time spent waiting for them."""
         started = time.perf_counter()
         images, targets = next(batches)
@@ -93,10 +93,10 @@ class EpochProgress:
 
 
 class RunLog:
-    """The files of a run besides its checkpoints: rank 0 writes them if there is a folder, and to Weights & Biases.
+    """A run's files besides its checkpoints, and its Weights & Biases run; written by rank 0, if there is a folder.
 
-    Raises InputError where a file cannot be written. As a context it is closed however the run ends, and the last line
-    of a run that diverged says so.
+    Raises InputError where a file cannot be written. As a context manager it closes however the run ends, and first
+    appends a line to log.txt if the run diverged.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -232,7 +232,7 @@ class RunLog:
         self._log_to_wandb(**line)
 
     def read(self) -> list[dict]:
-        """Return the lines of log.txt, of epochs in the order in which they ended."""
+        """Return the lines of log.txt as dictionaries, one per epoch, oldest first."""
         path = self.folder / "log.txt"
         if not path.exists():
             return []
@@ -289,7 +289,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def print_reduction(model: nn.Module, config: ModelConfig) -> None:
-    """Print that a CNN's first layers leave little of small images, if they do."""
+    """Warn if a CNN's first layers downsample small images too much."""
     levels = getattr(model, "feature_info", [])
     # the patches of a ViT are for the user to choose
     if hasattr(model, "patch_embed") or max(config.input_size) > 48:
@@ -338,13 +338,13 @@ def print_run_summary(state: TrainState, images: int, test_images: int, distinct
 
 def describe_run(state: TrainState, precision: Precision) -> dict[str, Any]:
     """Return the content of args.json: the flags, and what follows from them on this machine."""
-    conditions = state.batch_layout
+    layout = state.batch_layout
     return {
         **state.args,
-        "effective_batch": conditions["batch_size"] * conditions["processes"] * conditions["accum_steps"],
+        "effective_batch": layout["batch_size"] * layout["processes"] * layout["accum_steps"],
         "effective_lr": max(group["initial_lr"] for group in state.optimizer.param_groups),
         "n_parameters": count_parameters(state.model),
-        "processes": conditions["processes"],
+        "processes": layout["processes"],
         "device": distributed.describe(precision.device),
         "precision": str(precision),
         "versions": describe_versions(),
@@ -359,10 +359,10 @@ def print_accuracy(test: dict[str, Any]) -> None:
 def describe_speed(row: dict[str, Any]) -> str:
     """Return what engine.benchmark measured as one line."""
     steady = "" if row["steady"] else "unsteady "
+    memory = f", peak memory {row['peak_memory_mib']:.0f} MiB" if row["peak_memory_mib"] else ""  # on CUDA only
     return (
         f"{row['images_per_s']:.1f} images/s {steady}± {row['spread']:.1f} % ({row['ms_per_batch']:.1f} ms per batch), "
-        f"{row['share']:.0f} % of the device's {row['matrix_gmacs_per_s']:.0f} GMAC/s in matrix products, "
-        f"peak memory {row['peak_memory_mib']:.0f} MiB"
+        f"{row['share']:.0f} % of the device's {row['matrix_gmacs_per_s']:.0f} GMAC/s in matrix products{memory}"
     )
 
 

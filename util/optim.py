@@ -28,16 +28,22 @@ def build_optimizer(
     if device.type in ("cpu", "cuda") and opt.lower() in ("adam", "adamw"):
         opt_kwargs = {"fused": True, **opt_kwargs}
     try:
-        return create_optimizer_v2(model, opt, **kwargs, **opt_kwargs)
-    except (ValueError, TypeError, AssertionError, KeyError, RuntimeError) as error:
+        optimizer = create_optimizer_v2(model, opt, **kwargs, **opt_kwargs)
+    except (ValueError, TypeError, AssertionError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(
             f"--opt {opt}: {first_line(error)}; change --opt-kwargs, or --opt, which timm.optim.list_optimizers() names"
         ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--opt {opt} needs second derivatives, which are not computed here: choose another")
+    return optimizer
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, sched: str, **kwargs) -> Scheduler:
-    """Return timm's learning rate schedule, a function of the epoch."""
-    scheduler, _ = create_scheduler_v2(optimizer, sched, **kwargs)
+    """Return timm's learning rate schedule, a function of the epoch. Raises InputError."""
+    try:
+        scheduler, _ = create_scheduler_v2(optimizer, sched, **kwargs)
+    except ValueError as error:
+        raise InputError(f"--sched {sched}: {first_line(error)}; change --decay-epochs or --epochs") from None
     return scheduler
 
 
@@ -57,8 +63,8 @@ def balance_classes(targets: Sequence[int] | None, num_classes: int) -> Tensor:
 
 
 def build_criterion(mixup: Mixup | None, smoothing: float, bce_loss: bool, weights: Tensor | None = None) -> nn.Module:
-    """Return the loss of (logits, targets); `weights` [classes] scale that of each class."""
-    # a class with any share of a mixed image counts as present
+    """Return a loss(logits [B, classes], targets); `weights` [classes] scale each class's contribution."""
+    # a class with any share in a mixed image is a positive target
     if bce_loss:
         return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0, pos_weight=weights)
     # mixup smooths its targets itself

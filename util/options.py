@@ -29,7 +29,7 @@ from util.errors import InputError
 from util.keep_rate import keep_rate_at
 from util.precision import AMP_FLAG
 
-# timm's, except plateau: it is no function of the epoch, which a resumed run needs
+# timm's except plateau: to resume, the learning rate must be a function of the epoch alone
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
 VISUALIZATIONS = ("mask", "attention", "head_tokens", "matrix", "rollout", "distance")
 # flags that only models with token reorganisation can follow
@@ -45,7 +45,7 @@ EXAMPLES = """examples:
 # groups of flags: spellings, type, default and help, see add_flags
 FLAGS = {
     "run": (
-        ("--config -c", str, None, "YAML or JSON file of flags, a run's args.json too; flags that are given win"),
+        ("--config -c", str, None, "YAML or JSON file of flags, or a run's args.json; the command line overrides it"),
         ("--batch-size", positive_int, 64, "batch size per process"),
         ("--epochs", positive_int, 300, "number of epochs to train"),
         ("--accum-steps", positive_int, 1, "gradient accumulation: batches per update"),
@@ -65,7 +65,7 @@ FLAGS = {
         ("--only_test_speed", bool, False, "measure throughput and MACs and exit; needs no data"),
         ("--device", str, None, "for example cuda, cuda:1 or cpu; default: the best there is"),
         ("--seed", nonnegative_int, 0, "seed of weights, order of images and augmentation"),
-        ("--deterministic", bool, False, "the same numbers in every run, on GPUs too; slower there"),
+        ("--deterministic", bool, False, "use deterministic algorithms, so that runs repeat exactly; slower on GPUs"),
     ),
     "speed and memory": (
         AMP_FLAG,
@@ -83,7 +83,7 @@ FLAGS = {
     ),
     "token reorganisation, dropout and EMA": (
         ("--shrink_start_epoch", nonnegative_int, 10, "EViT: all tokens are kept before this epoch"),
-        ("--shrink_epochs", nonnegative_int, 0, "EViT: epochs in which the keep rate falls"),
+        ("--shrink_epochs", nonnegative_int, 0, "EViT: number of epochs over which the keep rate falls"),
         ("--drop", below_one, 0.0, "dropout rate inside the blocks"),
         ("--drop-path", below_one, 0.1, "maximum stochastic depth rate; rises linearly over the blocks"),
         ("--model-ema", BooleanOptionalAction, True, "keep and evaluate an EMA of the weights"),
@@ -92,9 +92,9 @@ FLAGS = {
         ("--model-ema-force-cpu", bool, False, "keep the EMA on the CPU"),
     ),
     "fine-tuning": (
-        ("--pretrained", bool, False, "start from timm's weights of a model, or with --eval and --visualize use them"),
-        ("--finetune", str, "", "weights to start from; a head of another shape starts anew"),
-        ("--freeze", str, "", "train the head alone, or the last N blocks, norm and head"),
+        ("--pretrained", bool, False, "start from timm's weights for the model; with --eval and --visualize, use them"),
+        ("--finetune", str, "", "checkpoint to start from; a head of another shape is re-initialised"),
+        ("--freeze", str, "", "head: train only the classifier; N: train only the last N blocks, norm and head"),
         ("--layer-decay", open_fraction, None, "layer-wise learning rate decay, for example 0.75"),
         (
             "--train-mode",
@@ -120,23 +120,23 @@ FLAGS = {
         ("--unscale-lr", bool, False, "use --lr as it is"),
         ("--sched", SCHEDULES, "cosine", "learning rate schedule"),
         ("--lr-noise", [fraction], None, "shares of the epochs between which the learning rate is noisy"),
-        ("--lr-noise-pct", float, 0.67, "limit of the learning rate noise"),
-        ("--lr-noise-std", float, 1.0, "standard deviation of the learning rate noise"),
+        ("--lr-noise-pct", positive_float, 0.67, "limit of the learning rate noise"),
+        ("--lr-noise-std", nonnegative_float, 1.0, "standard deviation of the learning rate noise"),
         ("--warmup-lr", nonnegative_float, 1e-6, "learning rate at the start of the warm-up"),
-        ("--min-lr", nonnegative_float, 1e-5, "learning rate at the end of the cosine"),
-        ("--decay-epochs", positive_float, 30, "epochs between decays, with --sched step"),
+        ("--min-lr", nonnegative_float, 1e-5, "learning rate at the end of cosine, tanh, poly, wsd and rsqrt"),
+        ("--decay-epochs", positive_float, 30, "epochs per decay (step), before it (multistep), of it (wsd, rsqrt)"),
         ("--warmup-epochs", nonnegative_int, 5, "epochs of warm-up"),
         # of the schedule plateau
         ("--cooldown-epochs", int, 10, NO_EFFECT),
         ("--patience-epochs", int, 10, NO_EFFECT),
-        ("--decay-rate --dr", positive_float, 0.1, "decay factor, with --sched step"),
+        ("--decay-rate --dr", positive_float, 0.1, "decay factor (step, multistep), exponent (poly)"),
         ("--bce-loss", bool, False, "binary cross-entropy; every target above 0 becomes 1"),
         ("--class-weights", ("none", "balanced"), "none", "balanced: rare classes weigh more in the training loss"),
     ),
     "augmentation": AUGMENT_FLAGS,
     "data": DATA_FLAGS,
     "distillation": (
-        ("--teacher-model", str, "regnety_160", "any model of timm, where the teacher's file does not say it"),
+        ("--teacher-model", str, "regnety_160", "timm model of the teacher, if its checkpoint does not name it"),
         ("--teacher-path", str, "", "checkpoint of the teacher"),
         ("--distillation-type", ("none", "soft", "hard"), "none", "how the teacher trains a distillation head"),
         ("--kd", bool, False, "distil the teacher's logits into the only head of any model, as timm does"),
@@ -144,12 +144,12 @@ FLAGS = {
         ("--distillation-tau", positive_float, 1.0, "temperature of soft distillation and --kd"),
     ),
     "pictures of what a checkpoint looks at": (
-        ("--visualize", VISUALIZATIONS, None, "write pictures of a kind and exit; README explains the kinds"),
+        ("--visualize", VISUALIZATIONS, None, "write pictures of a kind and exit; docs/paper.md explains the kinds"),
         ("--visualize_mask", bool, False, "the same as --visualize mask: which patches EViT keeps"),
         ("--visualize_attention", bool, False, "the same as --visualize attention: where the class token looks"),
         ("--n_visualization", positive_int, 128, "number of images, with --visualize"),
         ("--image-dir", str, None, "images without labels, instead of the validation set"),
-        ("--blocks", [positive_int], None, "blocks to show, counted from 1; default: as the paper, or all"),
+        ("--blocks", [positive_int], None, "blocks to show, from 1; default: the paper's, the last (rollout) or all"),
         ("--format", ("png", "pdf"), "png", "format of the figures"),
         ("--npz", bool, False, "also write the numbers that a figure shows, to a .npz of its name"),
     ),
@@ -173,7 +173,7 @@ def build_parser() -> Parser:
         epilog=EXAMPLES,
     )
     add_flags(parser.add_argument_group("model"), MODEL_FLAGS)
-    # of a new model; where a checkpoint is loaded, only flags that were given count
+    # for a new model; a loaded checkpoint is overridden only by flags on the command line
     parser.set_defaults(
         model="deit_base_patch16_224",
         model_kwargs={},
@@ -227,7 +227,7 @@ def distillation_kind(args: argparse.Namespace) -> str:
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """Raise InputError for a value that its flag's type accepts, but what it is for does not."""
+    """Raise InputError for values that parse, but that cannot be used."""
     parse_size(args.input_size)
     # torch names no flag, and notices a third beta in the first update only
     betas = 3 if "adan" in args.opt.lower() else 2
@@ -243,7 +243,7 @@ def check_values(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {bounds[0]:g} {bounds[1]:g}: give the minimum first")
     if not re.fullmatch(r"head|\d*", args.freeze):
         raise InputError(f"--freeze {args.freeze}: give head, or the number of blocks to train")
-    # these serve more than the model: transforms, classes, and the schedule of the keep rate
+    # only their flags also reach the transforms, the classes and the keep rate schedule
     flags = {
         "pretrained": "--pretrained",
         "img_size": "--input-size",
@@ -299,11 +299,11 @@ def check_training(args: argparse.Namespace) -> None:
     # timm mixes the images of a batch in pairs
     if mixup and args.batch_size % 2:
         raise InputError(f"--batch-size {args.batch_size} must be even for mixup and cutmix (or --mixup 0 --cutmix 0)")
-    # smoothed targets are all above 0, and so become 1
-    if mixup and args.bce_loss and args.smoothing:
-        raise InputError(
-            f"--bce-loss with --smoothing {args.smoothing:g} makes every target 1 under mixup: add --smoothing 0"
-        )
+    # smoothed targets are all above 0, and so become 1; without mixup they are not smoothed
+    if args.bce_loss and args.smoothing and (mixup or "smoothing" in args.given):
+        raise InputError("--bce-loss makes 1 of every target above 0, smoothed ones too: add --smoothing 0")
+    if args.src and not args.ThreeAugment:
+        raise InputError("--src is the crop of --ThreeAugment: add it")
     if args.mixup_off_epoch and not mixup:
         raise InputError(f"--mixup-off-epoch {args.mixup_off_epoch}: mixup and cutmix are off; leave it out")
     if args.model_ema_warmup and not args.model_ema:
@@ -374,7 +374,7 @@ def model_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep_rate_schedule(args: argparse.Namespace, updates_per_epoch: int) -> Callable[[int], float] | None:
-    """Return EViT's keep rate at an update, counted over all epochs; None for other models."""
+    """Return a function from the update, counted over all epochs, to EViT's keep rate; None for other models."""
     if not is_evit(args.model):
         return None
     return partial(
@@ -390,7 +390,7 @@ def scale_lr(args: argparse.Namespace, processes: int) -> tuple[float, str]:
     """Return the learning rate after linear scaling by the effective batch size, and the calculation."""
     batch = args.batch_size * processes * args.accum_steps
     lr = args.lr if args.unscale_lr else args.lr * batch / 512
-    rule = "given by --unscale-lr" if args.unscale_lr else f"{args.lr:g} x {batch} / 512"
+    rule = "--lr (--unscale-lr)" if args.unscale_lr else f"{args.lr:g} x {batch} / 512"
     lr_info = (
         f"effective batch size {batch} = {args.batch_size} per process x {processes} processes x {args.accum_steps} "
         f"accumulated; learning rate {lr:g} = {rule}"

@@ -40,8 +40,8 @@ class Float32Linear(nn.Linear):
 class Precision:
     """Mixed precision and memory format, so that the training loop has no branch for them.
 
-    `dtype` None is float32 throughout. Losses are scaled for fp16 only; weights, statistics of norm layers, EMA,
-    losses and the logits of a linear classifier are float32 in all of them.
+    `dtype` None means float32 throughout. Losses are scaled for fp16 only. Weights, statistics of norm layers, EMA,
+    losses and the logits of a linear classifier are float32 whatever `dtype` is.
     """
 
     device: torch.device
@@ -68,7 +68,7 @@ class Precision:
             if not self.fused_attn and hasattr(module, "fused_attn"):
                 module.fused_attn = False
         if self.dtype is not None:
-            # a distilled model has two, and one that is not timm's has none to be found
+            # one, or two in distilled models; models that are not timm's have no such method
             classifiers = getattr(model, "get_classifier", tuple)()
             for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
                 if type(classifier) is nn.Linear:

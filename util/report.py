@@ -74,14 +74,14 @@ def draw_images(images: Iterable[Tensor], texts: Iterable[str], config: ModelCon
     for place, (image, text) in enumerate(zip(images, texts, strict=True), start=1):
         axes = figure.add_subplot(4, 8, place)
         axes.imshow(undo_normalization(image, config))
-        # names may hold a dollar sign
-        axes.set_title(text, fontsize=7, parse_math=False)
+        # names may hold a dollar sign, and what is not UTF-8
+        axes.set_title(text.encode(errors="replace").decode(), fontsize=7, parse_math=False)
         axes.set_axis_off()
     return figure
 
 
 def draw_first_batch(criterion: nn.Module, state: TrainState) -> None:
-    """Draw the images of the first batch that `criterion` is called with to train_images.png, 32 of them at most.
+    """Draw up to 32 images of the batch that `criterion` is called with next, once, to train_images.png.
 
     Titles are the labels with their weights in mixup and cutmix; label smoothing is undone.
     """
@@ -109,7 +109,7 @@ def draw_first_batch(criterion: nn.Module, state: TrainState) -> None:
 def in_order(shares: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
     """Return targets [N] and probabilities [N, classes] in the data set's order.
 
-    A process's share is its indices, and batches of their targets [B] and logits [B, classes].
+    `shares` has a pair for each process: its images' indices, and batches of targets [B] and logits [B, classes].
     """
     order = np.argsort([i for indices, _ in shares for i in indices])
     batches = [batch for _, outputs in shares for batch in outputs]
@@ -126,7 +126,7 @@ def measure(
     The columns are images, accuracy (recall), precision and F1, nan where it is not defined. Balanced accuracy is the
     mean over the classes with images, macro-F1 that over the classes with images or predictions.
     """
-    # takes seconds, which only a report is worth
+    # importing scikit-learn takes seconds, and only reports need it
     from sklearn import metrics
 
     classes = range(probabilities.shape[1])
@@ -163,12 +163,8 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
 
 
 def write_csv(path: Path, header: Sequence[str], *columns: Iterable) -> None:
-    with open(
-        path,
-        "w",
-        newline="",
-        encoding="utf-8",
-    ) as file:
+    # names of files need not be UTF-8
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(zip(*columns, strict=True))

@@ -2,8 +2,9 @@
 
 import atexit
 
-# multiprocessing's own exit function is registered here, and must run after ours
+# registers multiprocessing's exit function before ours, so that atexit, last in first out, runs ours first
 import multiprocessing.util
+import os
 import signal
 import time
 from types import FrameType
@@ -44,7 +45,12 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         global received
         # launchers and terminals may send a second one
-        received = received or number
+        if received:
+            return
+        received = number
+        if distributed.is_primary():
+            # print could be interrupted by another print
+            os.write(2, f"{signal.Signals(number).name}: the run stops as soon as it can be saved\n".encode())
 
     def should_stop(self) -> bool:
         """Return whether this process was asked to stop; others may not know yet."""

@@ -45,9 +45,9 @@ def write_pictures(
     """Write pictures of a kind, a key of `figures.TITLES`; return their files, the overview last.
 
     `samples` yields images [3, H, W] normalised as `config` says, each with its label, if known, and the name of its
-    source. `classes` names the model's outputs. `blocks` are counted from 1. With `npz` the numbers that a figure shows
-    are beside it. Pictures of the same kind from an earlier call are removed. Raises InputError for a model with
-    nothing to show, for blocks that it does not have, and where there is no image.
+    source. `classes` names the model's outputs. `blocks` are counted from 1. With `npz` each figure's numbers are
+    written beside it. Pictures of the same kind from an earlier call are removed. Raises InputError for a model with
+    nothing to show, for blocks that it does not have, and if there are no images.
     """
     check_model(kind, model)
     blocks = resolve_blocks(kind, model, blocks)
@@ -118,7 +118,7 @@ def resolve_blocks(kind: str, model: nn.Module, blocks: Sequence[int] | None) ->
     for block in blocks:
         if block not in possible:
             raise InputError(
-                f"--blocks {block}: {kind} is of blocks {', '.join(map(str, possible))}; give some of them"
+                f"--blocks {block}: {kind} has pictures of blocks {', '.join(map(str, possible))}; choose from them"
             )
     return np.unique(blocks)
 
@@ -191,9 +191,9 @@ def mask_rows(
     view: View,
     blocks: np.ndarray,
 ) -> list[Row]:
-    """Return one row: after each block of `drop_loc`, the token [rows, columns] that each patch is part of.
+    """Return one row with a map [rows, columns] for each block of `drop_loc`: the token that each patch is now part of.
 
-    A token is known by its patch's number, or as P + b if block b (from 0) fused it; a dropped patch has -1.
+    A token is identified by its patch's index, or by P + b if block b (from 0) fused it; dropped patches have -1.
     """
     P = np.prod(view.layout.grid)
     token = np.arange(P)

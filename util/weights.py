@@ -41,11 +41,11 @@ def first_line(error: BaseException) -> str:
 
 
 def load(source: str | Path) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU: {"model": state dict, and what else it holds}.
+    """Load a checkpoint onto the CPU as {"model": state dict, plus whatever else the file contains}.
 
-    `source` is a file of torch.save or of safetensors, a folder of export.py or of timm's Hugging Face layout (its
-    config.json comes as "hf_config"), or an http(s) URL. Only tensors, plain values and the `ALLOWED` types are
-    unpickled. All processes call this together. Raises InputError.
+    `source` is a file written by torch.save or safetensors, a folder written by export.py or in timm's Hugging Face
+    layout (config.json becomes "hf_config"), or an http(s) URL, which all processes must load together. Only tensors,
+    plain values and the `ALLOWED` types are unpickled. Raises InputError.
     """
     path = Path(source)
     if str(source).startswith(("http://", "https://")):
@@ -62,7 +62,7 @@ def load(source: str | Path) -> dict[str, Any]:
             raise InputError(f"{path}: not a file; name one, for example {folder / 'best_checkpoint.pth'}")
         if path.suffix == ".safetensors":
             return {"model": load_file(path)}
-        return normalize(load_pickle(path), source)
+        return wrap_state_dict(load_pickle(path), source)
     except InputError:
         raise
     except Exception as error:
@@ -72,7 +72,9 @@ def load(source: str | Path) -> dict[str, Any]:
 
 def download(url: str) -> Path:
     """Return the file of a URL in torch.hub's cache; rank 0 downloads it, with a progress bar, while others wait."""
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    # many a server has a model.safetensors
+    parts = urlparse(url)
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{parts.netloc}{parts.path}".replace("/", "_"))
     with distributed.primary_first():
         if path.exists():
             return path
@@ -89,7 +91,8 @@ def download(url: str) -> Path:
 def load_pickle(path: Path) -> Any:
     """Load a file of torch.save, whose checksums are verified first, because torch does not."""
     if zipfile.is_zipfile(path):
-        damaged = zipfile.ZipFile(path).testzip()
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
         if damaged:
             raise InputError(f"{path}: damaged, the checksum of {damaged} does not match; use an older checkpoint")
     try:
@@ -103,13 +106,13 @@ def load_pickle(path: Path) -> Any:
         raise InputError(f"{path}: damaged, or not a PyTorch file; use another") from None
 
 
-def normalize(content: Any, source: str | Path) -> dict[str, Any]:
-    """Return what a file holds as {"model": state dict, …}, whichever program wrote it. Raises InputError."""
+def wrap_state_dict(content: Any, source: str | Path) -> dict[str, Any]:
+    """Return a file's content as {"model": state dict, …}, whichever program wrote it. Raises InputError."""
     if not isinstance(content, dict):
         raise InputError(f"{source}: holds a {type(content).__name__}, not a checkpoint or state dict")
-    # DeiT and this program name it one way, timm and Lightning the other.
+    # "model" in DeiT's checkpoints and ours, "state_dict" in timm's and Lightning's
     weights = content.get("model") or content.get("state_dict")
-    # Or it is the file's whole content.
+    # or a bare state dict
     if content and all(isinstance(value, Tensor) for value in content.values()):
         weights = content
     if not isinstance(weights, dict):
@@ -153,7 +156,7 @@ def load_weights(
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        # Below its title torch has a line each for missing tensors, for unknown ones, and for every other shape.
+        # Below a title, torch prints a line for missing tensors, one for unexpected ones, and one per shape mismatch.
         problem = str(error).splitlines()[1].strip(" \t.")[:200]
         raise InputError(f"{source}: does not fit the model: {problem}; {remedy}") from None
 
@@ -203,7 +206,7 @@ def load_matching(
     # Many a model shares names and shapes with a ViT's attention, so a few matches mean nothing
     if 2 * len(matched) < max(len(expected), len(weights)):
         raise InputError(
-            f"{source}: only {len(matched)} tensors match of the model's {len(expected)} and the file's {len(weights)} "
+            f"{source}: only {len(matched)} of the model's {len(expected)} and the file's {len(weights)} tensors match "
             f"({counts}); {remedy or 'did you mean another --model?'}"
         )
     model.load_state_dict({name: weights[name] for name in matched}, strict=False)
@@ -213,9 +216,9 @@ def load_matching(
 def resample_pos_embed(model: nn.Module, weights: dict[str, Tensor], input_size: Sequence[int] | None = None) -> bool:
     """Resample the `pos_embed` [1, prefix + H * W, C] in `weights` to the model's grid; return whether it changed.
 
-    Bicubic without antialiasing, as DeiT was fine-tuned. `input_size` is that of the file, (height, width); where it is
-    None the grid is taken for a square. Class and distillation tokens keep their embeddings; of a token that the file
-    lacks, the model's own stays.
+    Bicubic without antialiasing, as in DeiT's fine-tuning. The file's grid follows from its `input_size` (height,
+    width), or is taken for a square if that is None or does not match. Class and distillation tokens take the file's
+    embeddings, or keep the model's where the file has none.
     """
     own = getattr(model, "pos_embed", None)
     saved = weights.get("pos_embed")
@@ -224,11 +227,11 @@ def resample_pos_embed(model: nn.Module, weights: dict[str, Tensor], input_size:
         return False
     prefix = own.shape[1] - math.prod(grid)
 
-    # What precedes the patches in the file; in models such as DeiT III nothing does
+    # Prefix tokens in the file's embedding; none if the model embeds patches only, as DeiT III does
     tokens = ("cls_token", "dist_token", "reg_token") if prefix else ()
     old_prefix = sum(weights[name].shape[1] for name in tokens if name in weights)
     count = saved.shape[1] - old_prefix
-    # Its grid; models that take any size keep the one they were built with, mostly a square
+    # The file's grid; models with dynamic input size store the grid they were built with, usually a square
     old_grid = model.patch_embed.dynamic_feat_size(input_size or (0, 0))
     if math.prod(old_grid) != count:
         old_grid = (math.isqrt(count), math.isqrt(count))
@@ -243,6 +246,6 @@ def resample_pos_embed(model: nn.Module, weights: dict[str, Tensor], input_size:
     )
     # of the class and distillation tokens those that both have
     common = min(old_prefix, prefix)
-    parts = [saved[:, :common], own.detach()[:, common:prefix], resampled]
+    parts = [saved[:, :common], own.detach().cpu()[:, common:prefix], resampled]
     weights["pos_embed"] = torch.cat(parts, dim=1)  # 1, prefix + H * W, C
     return True
