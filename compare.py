@@ -263,7 +263,7 @@ def run(argv: list[str]) -> None:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "compare.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([["run", "seed", *COLUMNS], *table, *errors])
+            csv.writer(file, lineterminator="\n").writerows([["run", "seed", *COLUMNS], *table, *errors])
         if groups and args.x:
             draw_by(args.x.replace("-", "_"), groups, out / "compare.png")
         elif groups:

@@ -29,7 +29,7 @@ from losses import DistillationLoss, ImageLoss
 from models import build
 from models.dhvt import DHVT
 from util import data_options, distributed, log, optim, options, report, visualize, weights
-from util.checkpoint import TrainState, check_output_dir, resolve_resume
+from util.checkpoint import TrainState, check_output_dir, resolve_resume, resume_after_restart
 from util.command import run_command
 from util.config import DataConfig, ModelConfig, describe_size
 from util.distributed import print0
@@ -40,7 +40,9 @@ from util.stop_signal import StopSignal
 
 def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | None) -> None:
     """Train a model from the beginning, from other weights (--finetune) or from a checkpoint (--resume)."""
-    resume = resolve_resume(check_output_dir(args.output_dir, args.resume), args.output_dir)
+    resume = resume_after_restart(args.resume, args.output_dir)
+    check_output_dir(args.output_dir, resume)
+    resume = resolve_resume(resume, args.output_dir)
     saved = weights.load(resume) if resume else {}
     config = options.model_config(args)
     if saved:

@@ -96,8 +96,7 @@ def run(argv: list[str]) -> None:
     # a head may have more outputs than there are names
     names = dict(enumerate(trained.classes or ()))
     # open it before predicting, so that a bad path fails at once
-    how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    table = open(args.csv, "w", **how) if args.csv else None
+    table = open(args.csv, "w", newline="", encoding="utf-8", errors="surrogateescape") if args.csv else None
     # rows of the JSON, in the order of the files
     rows = []
     for images, errors in loader:

@@ -140,9 +140,9 @@ def load_trained(
 
 
 def describe_trained(trained: Mapping[str, Any]) -> str:
-    """Return the flags of the model that a file is of, for an error message."""
+    """Return the flags that a file's model was trained with, for an error message."""
     kwargs = dict(trained.get("kwargs", {}))
-    # it has a flag of its own
+    # --drop-path sets it
     kwargs.pop("drop_path_rate", None)
     words = [f"--model {trained['name']}"]
     if kwargs:
@@ -307,7 +307,10 @@ def check_teacher(teacher: TrainedModel, student: nn.Module, classes: Sequence[s
 
 
 def check_classes(
-    source: str, saved: Sequence[str] | None, classes: Sequence[str], num_classes: int | None = None
+    source: str,
+    saved: Sequence[str] | None,
+    classes: Sequence[str],
+    num_classes: int | None = None,
 ) -> None:
     """Refuse a checkpoint of other classes than the data's, by name and number. Raises InputError.
 

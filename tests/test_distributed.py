@@ -108,10 +108,14 @@ def test_slurms_variables_make_a_run_of_two_processes(runner, quick_run, tmp_pat
     assert accuracies(first)[0][0] == pytest.approx(log_of(quick_run)[0]["test_acc1"], abs=6e-4) and second == ""
 
 
-def world(monkeypatch: pytest.MonkeyPatch, **env: str) -> tuple[int, int, int, str | None, str | None]:
-    """Return rank, local rank, number of processes, and the host and the port where they meet."""
+def forget_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*LAUNCHERS, *(name for name in os.environ if name.startswith("SLURM_"))]:
         monkeypatch.delenv(name, raising=False)
+
+
+def world(monkeypatch: pytest.MonkeyPatch, **env: str) -> tuple[int, int, int, str | None, str | None]:
+    """Return rank, local rank, number of processes, and the host and the port where they meet."""
+    forget_launchers(monkeypatch)
     with monkeypatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
@@ -136,11 +140,15 @@ def test_who_is_alone_and_who_is_not(monkeypatch):
 
 
 def test_how_many_processes_share_a_machine(monkeypatch):
+    forget_launchers(monkeypatch)
     step = {"SLURM_STEP_NUM_TASKS": "9", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_STEP_TASKS_PER_NODE": "4(x2),1"}
-    torchruns = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    torchruns = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     # a batch script that asked for two tasks per node, in which a step has four
     for env, expected in (({}, 1), (torchruns, 2), (step | {"SLURM_NTASKS_PER_NODE": "2"}, 4), (step | torchruns, 2)):
         with monkeypatch.context() as patch:
+            # find_world sets them where they are not
+            patch.setenv("MASTER_ADDR", "127.0.0.1")
+            patch.setenv("MASTER_PORT", "0")
             for name, value in env.items():
                 patch.setenv(name, value)
             assert distributed.local_world_size() == expected, env

@@ -100,6 +100,8 @@ def test_every_optimizer_continues_as_if_it_had_not_been_stopped(opt, tmp_path):
     saved = weights.load(tmp_path / "c.pth")
     copied.load_state_dict(saved["model"])
     checkpoint.load_optimizer(fresh, saved["optimizer"], "a file")
+    # kron's random state too, which few updates use
+    assert differences(fresh.state_dict(), optimizer.state_dict()) == []
     for network, its_optimizer in ((model, optimizer), (copied, fresh)):
         torch.manual_seed(1)
         make_updates(network, its_optimizer, 7)
@@ -134,6 +136,7 @@ def test_a_run_that_its_launcher_starts_again_goes_on_from_its_own_checkpoint(
     # nothing is saved yet: the file counts, in a second start too
     monkeypatch.setenv(launcher, "1")
     run(*flags, out)
+    assert [line["epoch"] for line in log_of(tmp_path / "out")] == [1, 2]
     before = (tmp_path / "out" / "checkpoint.pth").read_bytes()
     run(*flags, out)
     assert (tmp_path / "out" / "checkpoint.pth").read_bytes() == before

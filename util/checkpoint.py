@@ -265,11 +265,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
     Raises InputError.
     """
     try:
-        # keep the current `fused`, by which torch decides whether `step` is on the device
-        groups = [
-            {**now, **{name: before[name] for name in GROUP_COUNTERS if name in before}, "params": before["params"]}
-            for now, before in zip(optimizer.param_groups, saved["param_groups"], strict=True)
-        ]
+        groups = []
+        for now, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            counters = {name: before[name] for name in GROUP_COUNTERS if name in before}
+            # with the current `fused`, by which torch decides whether a parameter's `step` is on the device
+            groups.append({**now, **counters, "params": before["params"]})
         optimizer.load_state_dict({**saved, "param_groups": groups})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
@@ -329,25 +329,26 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [*reversed(numbered_checkpoints(folder).values()), *filter(Path.is_file, named)]
 
 
-def check_output_dir(output_dir: str, resume: str) -> str:
-    """Return the --resume to train with: auto if Slurm or torchrun has restarted a run with checkpoints, else `resume`.
+def resume_after_restart(resume: str, output_dir: str) -> str:
+    """Return auto for a run that Slurm or torchrun has started again and that has checkpoints, else `resume`."""
+    # it has its original flags, whose --resume may name another run's checkpoint
+    if resume and output_dir and distributed.is_restarted() and find_checkpoints(Path(output_dir)):
+        return "auto"
+    return resume
 
-    Raises InputError for a folder that training would overwrite.
-    """
+
+def check_output_dir(output_dir: str, resume: str) -> None:
+    """Refuse a folder that training would overwrite, and print if there is none. Raises InputError."""
     if not output_dir:
         print0("Nothing will be saved: there is no --output_dir")
-        return resume
+        return
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: a file; name a folder")
     if resume == "auto" or not find_checkpoints(folder):
-        return resume
-    # a restarted run has its original flags, whose --resume may name another run's checkpoint
-    if resume and distributed.is_restarted():
-        return "auto"
+        return
     if not resume or Path(resume).resolve().parent != folder.resolve():
         raise InputError(f"--output_dir {folder}: holds a run; continue it with --resume auto, or name another folder")
-    return resume
 
 
 def resolve_resume(resume: str, output_dir: str) -> str:

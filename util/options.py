@@ -124,7 +124,7 @@ FLAGS = {
         ("--lr-noise-std", nonnegative_float, 1.0, "standard deviation of the learning rate noise"),
         ("--warmup-lr", nonnegative_float, 1e-6, "learning rate at the start of the warm-up"),
         ("--min-lr", nonnegative_float, 1e-5, "learning rate at the end of cosine, tanh, poly, wsd and rsqrt"),
-        ("--decay-epochs", positive_float, 30, "epochs per decay (step), before it (multistep), of it (wsd, rsqrt)"),
+        ("--decay-epochs", positive_float, 30, "step: period of decay; multistep: its epoch; wsd, rsqrt: its length"),
         ("--warmup-epochs", nonnegative_int, 5, "epochs of warm-up"),
         # of the schedule plateau
         ("--cooldown-epochs", int, 10, NO_EFFECT),

@@ -49,7 +49,7 @@ class StopSignal:
             return
         received = number
         if distributed.is_primary():
-            # print could be interrupted by another print
+            # not print, which is not reentrant: the signal may have interrupted one
             os.write(2, f"{signal.Signals(number).name}: the run stops as soon as it can be saved\n".encode())
 
     def should_stop(self) -> bool:
