@@ -115,9 +115,8 @@ train_fashion() {
     # of 6,000 training images per class
     [[ $row == 60-* ]] && share=0.01 epochs=20 || share=0.05 epochs=10
     local train=(run python "$here/main.py" --model "${model[@]}" --data-set FASHION --data-path "$DATA"
-        --train-fraction "$share" --val-fraction 0.1 --input-size 32 --crop pad --opt adamw
-        --weight-decay 0.05 --batch-size 32 --unscale-lr --epochs $epochs --warmup-epochs 2 --no-repeated-aug
-        --model-ema-warmup --resume auto)
+        --train-fraction "$share" --val-fraction 0.1 --input-size 32 "${few_images[@]}" --batch-size 32
+        --epochs $epochs --warmup-epochs 2 --resume auto)
     for rate in 5e-4 1e-3 2e-3; do
         "${train[@]}" --lr $rate --output_dir "$out/rates/$rate" "$@"
     done
@@ -161,7 +160,8 @@ size=${SIZE:-tiny}
 patch=${PATCH:-4}
 name=$recipe${SIZE:+-$SIZE}${PATCH:+-patch$PATCH}${PAPER:+-paper}
 common=(--opt adamw --weight-decay 0.05)
-small_images=(--data-set DIGITS --batch-size 32 --unscale-lr --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0
+few_images=("${common[@]}" --unscale-lr --no-repeated-aug --crop pad --model-ema-warmup)
+digits=(--data-set DIGITS --batch-size 32 --unscale-lr --no-repeated-aug --mixup 0 --cutmix 0 --aa none --reprob 0
     --drop-path 0 --model-ema-decay 0.98)
 processes=2
 # which variables choose a variant of the recipe, and the paper's effective batch size
@@ -170,7 +170,7 @@ paper_batch=
 case $recipe in
 digits)
     processes=1
-    flags=(--model dhvt_tiny_cifar_patch4 "${small_images[@]}" --epochs 9 --lr 1e-3 --warmup-epochs 1 --warmup-lr 3e-4)
+    flags=(--model dhvt_tiny_cifar_patch4 "${digits[@]}" --epochs 9 --lr 1e-3 --warmup-epochs 1 --warmup-lr 3e-4)
     ;;
 folder)
     takes=SIZE
@@ -180,8 +180,7 @@ folder)
 small)
     processes=1
     takes=SIZE
-    flags=("${common[@]}" --data-set FOLDER --batch-size 64 --lr 1e-3 --unscale-lr --epochs 100 --warmup-epochs 5
-        --no-repeated-aug --crop pad --model-ema-warmup)
+    flags=("${few_images[@]}" --data-set FOLDER --batch-size 64 --lr 1e-3 --epochs 100 --warmup-epochs 5)
     ;;
 cifar100 | deit-cifar100)
     takes="SIZE PATCH PAPER"
@@ -216,7 +215,7 @@ digits-ablation)
     set_row "$1"
     name+=/$1
     shift
-    flags=(--model "$model" --model-kwargs "${kwargs[@]}" embed_dim=64 depth=6 "${small_images[@]}" --epochs 10 --lr 2e-3
+    flags=(--model "$model" --model-kwargs "${kwargs[@]}" embed_dim=64 depth=6 "${digits[@]}" --epochs 10 --lr 2e-3
         --warmup-epochs 1)
     ;;
 fashion)
@@ -244,7 +243,7 @@ clipart | infograph | painting | quickdraw | real | sketch | clipart-100 | paint
     ;;
 digits-evit | finetune-digits-evit)
     processes=1
-    flags=(--model deit_tiny_patch16_shrink_base "${small_images[@]}" --input-size 28
+    flags=(--model deit_tiny_patch16_shrink_base "${digits[@]}" --input-size 28
         --model-kwargs patch_size=4 embed_dim=64 num_heads=2 depth=6 --drop_loc 2,4)
     if [[ $recipe == digits-evit ]]; then
         flags+=(--epochs 40 --lr 2e-3 --warmup-epochs 3 --base_keep_rate 1)

@@ -325,6 +325,7 @@ ROWS = {
     "misspelt checkpoint": Row("--resume run/chekpoint.pth", "run/chekpoint.pth", "run/best_checkpoint.pth"),
     "checkpoint is a folder": Row("--resume run", "run:", "checkpoint.pth"),
     "checkpoint is text": Row("--resume run/log.txt", "run/log.txt", "PyTorch file"),
+    "checkpoint is words": Row("--resume x.pth", "x.pth", "PyTorch file", lambda: write_text("x.pth", "epoch,loss")),
     "cut checkpoint": Row(RESUME, "run/checkpoint.pth", "use another", lambda: truncate("run/checkpoint.pth")),
     "hostile": Row(EVAL, "posix.system", "save its state_dict alone", change(lambda s: {"args": Hostile()})),
     "hostile, old format": Row(EVAL, "posix.system", "save its state_dict alone", old_hostile),

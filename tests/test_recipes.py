@@ -288,6 +288,8 @@ def test_fashion_chooses_the_rate_on_the_hold_out_and_tests_each_seed_once(tmp_p
     for run in trained:
         assert (run.model, run.model_kwargs["num_heads"], run.amp) == ("deit_tiny_patch16_224", 4, "off")
         assert (run.data_set, run.train_fraction, run.val_fraction) == ("FASHION", 0.05, 0.1)
+        assert (run.opt, run.weight_decay, run.batch_size, run.epochs, run.warmup_epochs) == ("adamw", 0.05, 32, 10, 2)
+        assert (run.unscale_lr, run.repeated_aug, run.crop, run.model_ema_warmup) == (True, False, "pad", True)
     seeds = [f"{tmp_path}/out/seeds/{seed}" for seed in (0, 1, 2)]
     assert [run.output_dir for run in trained[3:]] == seeds[1:]
     assert [(run.eval, run.split, run.report) for run in tested] == [(True, "test", f"{seed}/test") for seed in seeds]

@@ -98,7 +98,7 @@ def load_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, LookupError) as error:
         # torch's own words advise to load it unsafely
         refused = re.search(r"(?:GLOBAL|class|global|function) ([\w.]*\.[\w.]+)", str(error))
         if refused:
