@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import timm
 import torch
 from crash_runner import LAUNCHER
-from test_distributed import ROOT, torchrun
+from test_distributed import ROOT, accuracies, torchrun
 from test_training import train
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -58,9 +57,10 @@ def test_two_processes_on_one_gpu_train_and_their_checkpoint_evaluates_alike(tmp
     status, text, error = torchrun(2, *words)
     assert status == 0, error
     assert main.main(["--eval", "--device", "cuda", "--resume", str(tmp_path / "checkpoint.pth")]) == 0
-    (accuracy,) = re.findall(r"\* Acc@1 ([\d.]+)", capsys.readouterr().out)
-    assert f"* Acc@1 {accuracy}" in text
-    assert ("every update waits" in text) == ("sgd" in more)
+    (expected, _), _ = accuracies(text)  # raw weights, EMA
+    ((accuracy, _),) = accuracies(capsys.readouterr().out)
+    # kernels for batches of another size round differently; an image is 0.3 %
+    assert accuracy == pytest.approx(expected, abs=1.0)
 
 
 def test_an_error_of_one_process_ends_both(tmp_path):
