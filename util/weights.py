@@ -72,7 +72,7 @@ def load(source: str | Path) -> dict[str, Any]:
 
 def download(url: str) -> Path:
     """Return the file of a URL in torch.hub's cache; rank 0 downloads it, with a progress bar, while others wait."""
-    # many a server has a model.safetensors
+    # files of different servers may have the same name
     parts = urlparse(url)
     path = Path(torch.hub.get_dir(), "checkpoints", f"{parts.netloc}{parts.path}".replace("/", "_"))
     with distributed.primary_first():
@@ -203,7 +203,7 @@ def load_matching(
     }
     counts = ", ".join(f"{len(k)} {what}{f' (first {k[0]})' if k else ''}" for what, k in report.items())
 
-    # Many a model shares names and shapes with a ViT's attention, so a few matches mean nothing
+    # Many models share names and shapes with a ViT's attention, so a few matches mean nothing
     if 2 * len(matched) < max(len(expected), len(weights)):
         raise InputError(
             f"{source}: only {len(matched)} of the model's {len(expected)} and the file's {len(weights)} tensors match "
