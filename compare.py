@@ -188,7 +188,7 @@ def draw_by(name: str, groups: Sequence[list[dict]], path: Path) -> None:
             raise InputError(f"--x {name}: not a flag to compare runs by; give, for example, lr or train_fraction")
         mean, std = mean_and_std([run["numbers"] for run in runs])
         lines[flags["model"]].append((flags[name], mean[column], std[column]))
-    values = [x for points in lines.values() for x, *_ in points]
+    values = list({x for points in lines.values() for x, *_ in points})
     # names, and None, have no place between numbers
     as_shown = float if all(isinstance(x, int | float) for x in values) else str
 
@@ -205,6 +205,11 @@ def draw_by(name: str, groups: Sequence[list[dict]], path: Path) -> None:
             capsize=3,
             label=model,
         )
+    if as_shown is float:
+        # learning rates, fractions and sizes are chosen by factors
+        axes.set_xscale("log" if min(values) > 0 else "linear")
+        axes.set_xticks(values, labels=[f"{x:g}" for x in values])
+        axes.minorticks_off()
     figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=200)
 

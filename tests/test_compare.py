@@ -184,10 +184,12 @@ def test_evits_best_is_at_its_lowest_keep_rate(write, capsys):
 
 def test_accuracy_by_a_flag_is_that_on_the_test_set_where_all_runs_have_a_report(write, tmp_path, monkeypatch):
     drawn = []
+    pictures = []
     errorbar = Axes.errorbar
 
     def record(axes, x, y, yerr, label, **kwargs):
         drawn.append((label, x, y, yerr))
+        pictures.append(axes)
         return errorbar(axes, x, y, yerr, label=label, **kwargs)
 
     monkeypatch.setattr(Axes, "errorbar", record)
@@ -199,6 +201,8 @@ def test_accuracy_by_a_flag_is_that_on_the_test_set_where_all_runs_have_a_report
     assert compare.main(words) == 0
     ours = ("dhvt_tiny_cifar_patch4", (0.5, 1.0), (50.0, 60.0), (0.0, 0.0))
     assert drawn == [ours, ("deit_tiny_patch16_224", (0.5,), (70.0,), (0.0,))]
+    # ticks at the flag's values alone
+    assert [tick.get_text() for tick in pictures[-1].get_xticklabels(which="both")] == ["0.5", "1"]
 
     drawn.clear()
     for folder, accuracy in zip(runs, (0.25, 0.75, 0.5, 0.125), strict=True):
