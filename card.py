@@ -9,6 +9,7 @@ from util import options
 from util.checkpoint import FLAGS_WITHOUT_EFFECT
 from util.command import AUTO_FLAGS, to_words
 from util.config import DataConfig
+from util.keep_rate import at_lowest_keep_rate
 from util.log import RunLog, count_parameters
 
 # data sets that have a page on the hub
@@ -109,9 +110,7 @@ def describe_accuracy(lines: list[dict], epoch: int | None) -> str:
     for weights, key in ACCURACIES.items():
         tested = [line for line in lines if key in line]
         if tested:
-            # EViT: as in training, only epochs at the lowest rate compete
-            rate = min(line.get("keep_rate", 1) for line in tested)
-            top1 = {line["epoch"]: line[key] for line in tested if line.get("keep_rate", 1) == rate}
+            top1 = {line["epoch"]: line[key] for line in at_lowest_keep_rate(tested)}
             epochs = (epoch, max(top1, key=top1.get), max(top1))
             cells = [f"{top1[i]:.2f} % (epoch {i})" if i in top1 else "" for i in epochs]
             rows.append(f"| {weights} | {' | '.join(cells)} |")

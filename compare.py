@@ -25,6 +25,7 @@ from util import options
 from util.checkpoint import FLAGS_WITHOUT_EFFECT
 from util.command import Parser, add_flags, run_command
 from util.errors import InputError
+from util.keep_rate import at_lowest_keep_rate
 from util.log import RunLog
 
 FLAGS = (
@@ -78,9 +79,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     defaults = vars(options.build_parser().parse_args([])) | {"given": []}
     # lists, as in the file
     args = json.loads(json.dumps(defaults)) | saved
-    # EViT: accuracies at a higher keep rate are those of a slower model
-    rate = min(line.get("keep_rate", 1) for line in tested)
-    at_rate = [line for line in tested if line.get("keep_rate", 1) == rate]
+    at_rate = at_lowest_keep_rate(tested)
     numbers = [
         max(line["test_acc1"] for line in at_rate),
         tested[-1]["test_acc1"],
@@ -92,10 +91,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         sum(line["epoch_seconds"] for line in epochs) / 60,
     ]
     flags = {name: value for name, value in args.items() if name not in IGNORED}
+    # the model's arguments are compared one by one
+    flags.update(flags.pop("model_kwargs"))
     return {
         "folder": str(folder),
         "args": args,
-        "flags": flags | flags.pop("model_kwargs"),
+        "flags": flags,
         "curve": {line["epoch"]: line["test_acc1"] for line in tested},
         "numbers": numbers,
     }
@@ -108,6 +109,7 @@ def read_test_accuracy(folder: Path) -> float:
 
 
 def count_gmacs(args: dict[str, Any]) -> float:
+    """Return the GMACs of a run's model per image, nan where it cannot be built."""
     try:
         # without a download
         config = options.model_config(Namespace(**args | {"pretrained": False}))

@@ -39,9 +39,8 @@ from util.config import (
     is_native_size,
     may_flip,
 )
-from util.errors import InputError
+from util.errors import InputError, first_line
 from util.stop_signal import ignore_signals
-from util.weights import first_line
 
 # DeiT's default
 MAX_WORKERS = 10

@@ -162,8 +162,8 @@ def divergence_error(reason: str, state: TrainState) -> NonFiniteLossError:
     scale = state.scaler.get_scale()
     return NonFiniteLossError(
         f"{reason} in epoch {state.epoch + 1}, update {state.update} (lr {state.lr:.3g}, loss scale {scale:g}, "
-        f"last gradient norm {norm:.3g}); the last checkpoint is intact; try a lower --lr, --clip-grad 1, longer "
-        "--warmup-epochs, --amp bf16 or off, and continue with --resume"
+        f"last gradient norm {norm:.3g}); try a lower --lr, --clip-grad 1, longer --warmup-epochs, --amp bf16 or off"
+        + ("; the last checkpoint is intact: continue with --resume auto" if state.folder else "")
     )
 
 
@@ -172,6 +172,8 @@ def save_on_request(request: int, state: TrainState, stop: StopSignal) -> None:
     check_weights(state)
     state.save()
     if request == STOP:
+        # wait for rank 0: launchers kill it soon after the first process has ended
+        distributed.all_reduce_max(0)
         raise StoppedError(
             f"stopped by {stop.name} in epoch {state.epoch + 1} after update {state.update}; it is saved, and the same "
             "command with --resume auto continues"

@@ -25,9 +25,8 @@ from timm.utils import reparameterize_model
 from card import write_card
 from models.build import TrainedModel, load_trained
 from util.command import REQUIRED, Parser, add_flags, add_model_flags, run_command
-from util.errors import InputError
+from util.errors import InputError, first_line
 from util.options import model_overrides
-from util.weights import first_line
 
 FLAGS = (
     ("--out", str, REQUIRED, "folder to write model.safetensors, config.json and README.md, the model card, to"),

@@ -125,7 +125,7 @@ def build(
     try:
         temporary.open("xb").close()
     except FileExistsError:
-        raise InputError(f"{temporary}: another build is writing it, or was killed: then remove it") from None
+        raise InputError(f"{temporary}: another build is writing it; if that was killed, remove it") from None
     try:
         # No transaction waits for the disk, as an unfinished file is worthless.
         with lmdb.open(str(temporary), MAP_SIZE, subdir=False, lock=False, sync=False) as environment:

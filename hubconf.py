@@ -9,6 +9,5 @@ import models
 
 dependencies = ["torch", "timm"]
 
-assert models  # it registers the names below
-names = timm.list_models(module=["baselines", "dhvt", "evit"])
+names = timm.list_models(module=models.__all__)
 globals().update({name: timm.model_entrypoint(name) for name in names})

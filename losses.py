@@ -1,4 +1,4 @@
-"""Training criteria, called as criterion(samples, outputs, targets) -> loss; samples are the images [B, C, H, W].
+"""Training criteria, called as criterion(images, outputs, targets) -> loss; images are [B, C, H, W].
 
 Distillation reference:
     Training data-efficient image transformers & distillation through attention, arXiv 2012.12877
@@ -20,7 +20,7 @@ class ImageLoss(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, samples: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.loss(outputs.float(), targets)
 
 
@@ -53,7 +53,7 @@ class DistillationLoss(nn.Module):
         self.tau = tau
         self.autocast = autocast
 
-    def forward(self, samples: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    def forward(self, images: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
         if self.kind == "kd":
             outputs = outputs, outputs
         class_logits, distillation_logits = (logits.float() for logits in outputs)
@@ -62,7 +62,7 @@ class DistillationLoss(nn.Module):
 
         # the teacher sees the same images, mixed and augmented as they are
         with torch.no_grad(), self.autocast():
-            teacher_logits = self.teacher(samples).float()  # B, classes
+            teacher_logits = self.teacher(images).float()  # B, classes
 
         # the distillation head learns from the teacher
         if self.kind == "hard":
@@ -75,6 +75,6 @@ class DistillationLoss(nn.Module):
                 log_target=True,
             )
             # DeiT's mean is over B * classes, timm's over B
-            count = len(samples) if self.kind == "kd" else distillation_logits.numel()
+            count = len(images) if self.kind == "kd" else distillation_logits.numel()
             distillation_loss = kl_divergence * self.tau**2 / count
         return base_loss * (1 - self.alpha) + distillation_loss * self.alpha

@@ -144,7 +144,8 @@ def run_epochs(
 
         # Batch norms were local to each process
         distributed.broadcast_buffers(state.model)
-        distributed.broadcast_buffers(state.ema and state.ema.module)
+        if state.ema is not None:
+            distributed.broadcast_buffers(state.ema.module)
 
         # Save before evaluating, so that the epoch is not lost with its evaluation
         started = time.time()
@@ -191,8 +192,8 @@ def build_state(
         ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
     lr, lr_info = options.scale_lr(args, distributed.world_size())
     print0(lr_info)
-    how = {**optimizer_kwargs(args), "lr": lr}
-    optimizer = optim.build_optimizer(model, precision.device, opt_kwargs=args.opt_kwargs, **how)
+    optimizer_args = {**optimizer_kwargs(args), "lr": lr}
+    optimizer = optim.build_optimizer(model, precision.device, opt_kwargs=args.opt_kwargs, **optimizer_args)
     scheduler = optim.build_scheduler(optimizer, **{**scheduler_kwargs(args), "decay_milestones": [args.decay_epochs]})
     return TrainState(
         model=model,
@@ -221,7 +222,7 @@ def build_loss_and_mixup(
     num_classes = state.config.num_classes
     mixup = data_options.build_mixup(args, num_classes)
     balanced = args.class_weights == "balanced"
-    class_weights = optim.balance_classes(targets, num_classes).to(precision.device) if balanced else None
+    class_weights = optim.balanced_class_weights(targets, num_classes).to(precision.device) if balanced else None
     loss = optim.build_criterion(mixup, args.smoothing, args.bce_loss, class_weights)
     if teacher is None:
         return ImageLoss(loss), mixup
@@ -292,12 +293,12 @@ def evaluate(args: argparse.Namespace, precision: Precision) -> None:
     build.check_classes(trained.source, trained.classes, val_set.classes, trained.model.num_classes)
     if args.test_speed:
         measure_speed(args, config, precision)
-    how = f"{config.name} at {describe_size(config.input_size)}, on {data.describe_validation()}"
-    print0(f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {how}")
+    description = f"{config.name} at {describe_size(config.input_size)}, on {data.describe_validation()}"
+    print0(f"Evaluating {'EMA' if args.use_ema else 'raw'} weights of {trained.source}: {description}")
     model = precision.place(reparameterize_model(trained.model))
     if args.compile:
         model.compile(mode=args.torchcompile_mode)
-    # now, as the evaluation may take hours
+    # before the evaluation, which may take hours, so that a bad path fails at once
     if args.report:
         Path(args.report).mkdir(parents=True, exist_ok=True)
     loader = datasets.build_val_loader(val_set, data, batch_size=int(1.5 * args.batch_size))
@@ -358,9 +359,9 @@ def measure_speed(args: argparse.Namespace, config: ModelConfig, precision: Prec
         f"{distributed.describe(precision.device)}, torch {torch.__version__}",
     ]
     print0("\n".join(lines))
-    how = {"compile_mode": args.torchcompile_mode if args.compile else None, "gmacs": gmacs}
+    benchmark_args = {"compile_mode": args.torchcompile_mode if args.compile else None, "gmacs": gmacs}
     for mode in ("inference", "train"):
-        row = engine.benchmark(model, config.input_size, batch_size, precision, train=mode == "train", **how)
+        row = engine.benchmark(model, config.input_size, batch_size, precision, train=mode == "train", **benchmark_args)
         lines.append(f"{mode}: {log.describe_speed(row)}")
         print0(lines[-1])
     if args.output_dir:

@@ -37,7 +37,7 @@ FLAGS = (
     ("--json", bool, False, "print one JSON list instead of a line per image"),
     ("--csv", str, None, "also write a table to this file"),
     ("--batch-size", positive_int, 32, "images per batch"),
-    ("--num_workers", nonnegative_int, default_workers(), "processes that read images"),
+    ("--num_workers", nonnegative_int, None, "processes that read images; default: this process's cores, at most 10"),
     ("--device", str, None, "for example cuda, cuda:1 or cpu; default: the best there is"),
     AMP_FLAG,
 )
@@ -85,11 +85,12 @@ def run(argv: list[str]) -> None:
     # fold the norm layers into the convolutions
     model = precision.place(reparameterize_model(trained.model))
 
+    workers = default_workers() if args.num_workers is None else args.num_workers
     loader = DataLoader(
         CheckedImages(files, None, [], build_transform(False, trained.config)),
         args.batch_size,
         # starting a process takes longer than reading a batch
-        num_workers=min(args.num_workers, len(files) // args.batch_size),
+        num_workers=min(workers, len(files) // args.batch_size),
         # Ctrl-C is for the main process
         worker_init_fn=ignore_signals,
     )

@@ -21,7 +21,7 @@ from util.command import REQUIRED, Parser, add_flags, run_command
 from util.config import DOMAIN_NET
 from util.errors import InputError
 
-# training images, test images and classes of the paper's sets, those that DomainNet's authors call cleaned
+# training images, test images and classes of the paper's sets, from the lists that DomainNet's authors call cleaned
 SIZES = {
     "clipart": (33525, 14604, 345),
     "infograph": (36023, 15582, 345),

@@ -332,7 +332,7 @@ fi
 ((processes % ngpu == 0)) || stop "NGPU=$ngpu does not divide the recipe's $processes processes: give a number that does"
 
 launch=(python)
-# a signal reaches the processes, which save the step they are in
+# torchrun passes signals on to the processes, which finish their update and save
 ((ngpu == 1)) || launch=(torchrun --standalone --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
     "--nproc_per_node=$ngpu")
 out=${OUT:-output/$name}

@@ -134,8 +134,7 @@ def run(argv: list[str]) -> int:
     # The job may run in another folder. Started again, it resumes from its own checkpoints.
     out = Path(main_args.output_dir).absolute()
     flags += ["--output_dir", str(out)]
-    trains = not (main_args.eval or main_args.only_test_speed or options.visualization_mode(main_args))
-    if trains and not main_args.resume:
+    if options.trains(main_args) and not main_args.resume:
         flags += ["--resume", "auto"]
     return submit(args, flags, out)
 

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 import engine
-from models.build import build_model, resolve_input_size
+from models.build import build_model
 from util import distributed
 from util.command import (
     IMPORT_FLAG,
@@ -32,13 +32,12 @@ from util.command import (
     positive_int,
     run_command,
 )
-from util.config import ModelConfig, describe_size
-from util.errors import InputError
+from util.config import ModelConfig, describe_size, resolve_input_size
+from util.errors import InputError, first_line
 from util.precision import AMP_FLAG, DTYPES, Precision, resolve_amp
-from util.weights import first_line
 
-# The default models: the backbones of figure 4 of EViT (arXiv 2202.07800), DHVT and EViT. With the ImageNet-1k top-1
-# accuracy at 224 px that its authors published.
+# The default models (the backbones of figure 4 of EViT, arXiv 2202.07800, DHVT and EViT), and their published
+# ImageNet-1k top-1 accuracy at 224 px; None: not known
 TOP1 = {
     "dhvt_tiny_imagenet_patch16": 77.6,
     "dhvt_small_imagenet_patch16": 82.3,
@@ -144,21 +143,21 @@ def measure_models(args: Namespace, device: torch.device) -> Iterator[dict]:
                 model.to(device)
                 for batch_size in batch_sizes:
                     row["batch_size"] = batch_size
-                    how = {
+                    step_args = {
                         "batch_size": batch_size,
                         "precision": precision,
                         "train": mode == "train",
                         "compile_mode": "default" if args.compile else None,
                     }
                     if args.baseline:
-                        step = engine.make_step(model, config.input_size, **how)
-                        baseline_step = engine.make_step(baseline, baseline_config.input_size, **how)
+                        step = engine.make_step(model, config.input_size, **step_args)
+                        baseline_step = engine.make_step(baseline, baseline_config.input_size, **step_args)
                         result = engine.compare_steps(step, baseline_step, batch_size, args.pairs)
                     else:
                         result = engine.benchmark(
                             model,
                             config.input_size,
-                            **how,
+                            **step_args,
                             min_seconds=args.seconds,
                             gmacs=row["gmacs"],
                         )

@@ -55,7 +55,7 @@ def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> dict
         return found
     for name in classes:
         if name not in class_to_idx:
-            # its images could only be wrong
+            # no model can predict this class: all its images would count as errors
             known = describe_names(list(class_to_idx))
             raise InputError(f"{root / name}: not a training class ({known}); rename or remove this folder")
     return class_to_idx
@@ -194,7 +194,6 @@ class ImageFiles(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        # a path is what users need to find the image
         path = self.files[index]
         image = EncodedImage(read_file(path), path)
         target = -1 if self.targets is None else self.targets[index]

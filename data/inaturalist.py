@@ -18,7 +18,7 @@ def list_file(root: Path, name: str, train: bool) -> Path:
 
 @contextmanager
 def _name_errors(path: Path) -> Iterator[None]:
-    """Raise InputError with the name of a list for what is wrong with its content."""
+    """Turn an error from a list's content into an InputError that names the list."""
     try:
         yield
     except OSError as error:
@@ -35,7 +35,7 @@ def _read(path: Path) -> Any:
 
 
 def _read_classes(path: Path, category: str) -> dict[int, str]:
-    """Return the classes of the category ids, which are what categories.json has under `category`."""
+    """Return {category id: class}, named by the field `category` of categories.json."""
     categories = _read(path)
     with _name_errors(path):
         # a list, indexed by category id
@@ -74,7 +74,7 @@ def read_split(
     files = []
     files_without_group = []
     targets = []
-    # each in both layouts: only the first image is looked for
+    # the paths of both layouts; the first image then shows which layout this is
     with _name_errors(path):
         for image in content["images"]:
             # for example train_val2018/Aves/3210/0a1b.jpg, and nothing outside the data set's folder

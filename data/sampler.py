@@ -43,7 +43,7 @@ class EpochSampler(Sampler):
     def __post_init__(self) -> None:
         if self.repeated_aug:
             # Below 256 images DeiT's rounding selects none and timm a third of them. We take all.
-            self.order = RepeatAugSampler(
+            self.sampler = RepeatAugSampler(
                 range(self.n),
                 self.world,
                 self.rank,
@@ -51,7 +51,7 @@ class EpochSampler(Sampler):
                 selected_ratio=self.world / REPEATS if self.n < 256 else 0,
             )
         else:
-            self.order = DistributedSampler(range(self.n), self.world, self.rank)
+            self.sampler = DistributedSampler(range(self.n), self.world, self.rank)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -60,13 +60,13 @@ class EpochSampler(Sampler):
         # images of this share that a resumed run has seen already
         self.start = start
         # both samplers seed their permutation with this number alone
-        self.order.set_epoch(self.seed + epoch)
+        self.sampler.set_epoch(self.seed + epoch)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple]:
-        for i, index in islice(enumerate(self.order), self.start, None):
+        for i, index in islice(enumerate(self.sampler), self.start, None):
             yield index, self.epoch, self.rank + i * self.world
 
     def distinct_images(self, batch_size: int) -> int:

@@ -11,21 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from util.command import parse_block_numbers
-from util.config import DataConfig, ModelConfig, describe_size, find_cfg, is_native_size, resolve_input_size
+from util.config import (
+    DEFAULT_DROP_PATH,
+    DataConfig,
+    ModelConfig,
+    describe_size,
+    find_cfg,
+    is_evit,
+    is_native_size,
+    resolve_input_size,
+)
 from util.distributed import print0
-from util.errors import InputError
+from util.errors import InputError, first_line
 from util.weights import (
     classifier_names,
-    first_line,
+    fit_pos_embed,
     get_weights,
     load,
     load_matching,
     load_weights,
-    resample_pos_embed,
     saved_flags,
 )
 
-DEFAULT_DROP_PATH = 0.1  # of --drop-path, which models without stochastic depth may ignore
 EVIT_KWARGS = ("base_keep_rate", "fuse_token", "drop_loc")
 
 
@@ -113,7 +120,7 @@ def load_trained(
     values.setdefault("name", default_name)
     if values["name"] is None:
         raise InputError(f"{path}: does not say which model it is of; add --model NAME")
-    if not values["name"].endswith("_shrink_base"):
+    if not is_evit(values["name"]):
         # an EViT's weights in a plain ViT
         kwargs = {name: value for name, value in kwargs.items() if name not in EVIT_KWARGS}
     values["kwargs"] = kwargs
@@ -128,13 +135,13 @@ def load_trained(
 
     # Build it, and load the weights strictly
     model = build_model(config)
-    if resample_pos_embed(model, weights, trained.get("input_size")):
+    if fit_pos_embed(model, weights, trained.get("input_size")):
         print0(f"{path}: its position embedding is resampled")
     if trained.get("name") not in (None, config.name):
         remedy = remedy or describe_trained(trained)
     load_weights(model, weights, path, remedy)
     print_differences(trained, config, path)
-    # within an epoch it has no accuracy
+    # a checkpoint from the middle of an epoch has no accuracy of its own
     epoch = None if saved.get("position") else saved.get("epoch")
     return TrainedModel(model.eval(), config, classes, data, str(path), saved_flags(saved), epoch)
 
@@ -200,7 +207,7 @@ def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     size = flags.get("input_size")
     size = [size] if isinstance(size, int) else size
     kwargs = dict(flags.get("model_kwargs") or {})
-    if "base_keep_rate" in flags and str(flags["model"]).endswith("_shrink_base"):
+    if "base_keep_rate" in flags and is_evit(str(flags["model"])):
         kwargs["base_keep_rate"] = flags["base_keep_rate"]
         kwargs["fuse_token"] = flags.get("fuse_token", False)
         drop_loc = flags.get("drop_loc", "(3, 6, 9)")

@@ -123,7 +123,7 @@ def resample_pos_embed(pos_embed: Tensor, size: tuple[int, int], old_size: tuple
     """Resample a position embedding [1, 1+P, C] between grids (H, W), without antialiasing, as published."""
     if size == old_size:
         return pos_embed
-    # the class token's position stays
+    # timm's resample_abs_pos_embed computes in float32; the class token's position stays
     patches = pos_embed[:, 1:].transpose(1, 2).unflatten(2, old_size)  # 1, C, H, W
     patches = F.interpolate(patches, size=size, mode="bicubic")
     patches = patches.flatten(2).transpose(1, 2)  # 1, P, C
@@ -220,7 +220,7 @@ class EViT(VisionTransformer):
         """
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))  # B, 1+P, C
         P = x.shape[1] - 1
-        places = torch.ones_like(x[:, 1:, 0], dtype=torch.long).cumsum(dim=1) - 1  # B, P
+        places = torch.arange(P, device=x.device).expand(x.shape[0], -1)  # B, P
         for i, block in enumerate(self.blocks):
             run = partial(checkpoint, block) if self.grad_checkpointing else block
             # one of timm's blocks

@@ -35,6 +35,7 @@ COMMAND_LINES = {
     "--model-kwargs pretrained=True": "--model-kwargs pretrained=True: use --pretrained",
     "--opt-kwargs amsgrad": "--opt-kwargs takes KEY=VALUE, not 'amsgrad'",
     "--torchcompile-mode reduce-overhead": "--torchcompile-mode is for --compile: add it",
+    "--compile --torchcompile-mode max-autotune --accum-steps 2": "use max-autotune-no-cudagraphs, or leave",
     "--import nowhere.py": "--import nowhere.py: FileNotFoundError: ",
     "--config nowhere.yaml": "--config nowhere.yaml: unreadable (",
     "--eval": "--eval needs a checkpoint: add --resume FILE, or --pretrained",

@@ -240,7 +240,7 @@ def test_a_tiny_one_trains_and_is_evaluated(name, tree, tmp_path, capsys):
 def test_a_cnn_for_large_images_is_named(name, size, left, capsys):
     with torch.device("meta"):
         model = timm.create_model(name)
-    log.print_reduction(model, ModelConfig(name=name, input_size=size))
+    log.warn_about_downsampling(model, ModelConfig(name=name, input_size=size))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == (left is not None)
     assert all(name in line and left in line for line in lines)

@@ -93,7 +93,7 @@ def test_count_accuracy_and_loss_are_the_same_for_one_two_and_three_processes(ru
         for ranks in (1, 2, 3):
             result = runner([*flags, "--data-path", str(root)], tmp_path, ranks)
             assert result["status"] == [0] * ranks, result["err"]
-            assert f"on {count * len(classes)} images" in result["out"][0]
+            assert f"on the {count * len(classes)} test images" in result["out"][0]
             printed.append(accuracies(result["out"][0]))
         assert len(printed[0]) == 1 and printed[0] == printed[1] == printed[2]
 
@@ -119,7 +119,7 @@ def world(monkeypatch: pytest.MonkeyPatch, **env: str) -> tuple[int, int, int, s
     with monkeypatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
-        found = distributed.find_world()
+        found = distributed.read_world()
         return *found, os.environ.pop("MASTER_ADDR", None), os.environ.pop("MASTER_PORT", None)
 
 
@@ -146,7 +146,7 @@ def test_how_many_processes_share_a_machine(monkeypatch):
     # a batch script that asked for two tasks per node, in which a step has four
     for env, expected in (({}, 1), (torchruns, 2), (step | {"SLURM_NTASKS_PER_NODE": "2"}, 4), (step | torchruns, 2)):
         with monkeypatch.context() as patch:
-            # find_world sets them where they are not
+            # read_world sets them where they are not
             patch.setenv("MASTER_ADDR", "127.0.0.1")
             patch.setenv("MASTER_PORT", "0")
             for name, value in env.items():

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -74,6 +75,75 @@ def test_torchrun_ends_with_the_status_and_the_traceback(quick_flags, tmp_path):
     flags = [*quick_flags, "--batch-size", "4", "--output_dir", str(tmp_path / "run")]
     status, _, error = torchrun(2, "bug", *flags, script=script)
     assert status == 1 and "ZeroDivisionError: a bug" in error
+
+
+def save_slowly(flags: list[str]) -> int:
+    """Be one process of a run whose files take long to write, and print whether there is one when it ends."""
+    save = torch.save
+
+    def slow(*args, **kwargs):
+        time.sleep(3)
+        return save(*args, **kwargs)
+
+    torch.save = slow
+    status = main.main(flags)
+    print(Path(flags[-1], "checkpoint.pth").exists())
+    return status
+
+
+def test_a_stopped_process_waits_until_rank_0_has_saved(runner, quick_flags, tmp_path):
+    """Launchers kill the others soon after one has ended."""
+    flags = [*quick_flags, "--batch-size", "4", "--output_dir", str(tmp_path / "run")]
+    stop = {"moment": "update: made", "count": 2, "signal": signal.SIGTERM, "rank": 1}
+    result = runner(flags, tmp_path, 2, call="test_ranks:save_slowly", kill=stop)
+    assert result["status"] == [75, 75] and result["out"][1] == "True\n", result
+
+
+def download_slowly(_: list[str]) -> int:
+    """Be one of two processes, of which the first downloads for longer than the timeout."""
+    distributed.init("cpu", timeout_s=1)
+    with distributed.primary_first():
+        if distributed.is_primary():
+            time.sleep(3)
+        print("done", time.time())
+    distributed.shutdown()
+    return 0
+
+
+def test_a_download_may_take_longer_than_the_timeout(runner, tmp_path):
+    result = runner([], tmp_path, 2, call="test_ranks:download_slowly")
+    assert result["status"] == [0, 0], result["err"]
+    first, second = (float(text.split()[1]) for text in result["out"])
+    assert first < second
+
+
+def join_with_one_device_each(words: list[str]) -> int:
+    """Be one of two processes that see one CUDA device each, and print the backend."""
+    torch.accelerator.current_accelerator = lambda **_: torch.device("cuda")
+    torch.accelerator.device_count = lambda: 1
+    torch.accelerator.set_device_index = lambda _: None
+    dist.is_backend_available = lambda _: True
+    join = dist.init_process_group
+
+    def join_by_gloo(backend: str, **kwargs) -> None:
+        print(backend)
+        join("gloo", **kwargs)
+
+    dist.init_process_group = join_by_gloo
+    distributed.init("cuda", *words)
+    distributed.shutdown()
+    return 0
+
+
+def test_processes_that_see_one_device_use_gloo_and_say_how_to_choose_nccl(runner, tmp_path):
+    result = runner([], tmp_path, 2, call="test_ranks:join_with_one_device_each")
+    assert result["status"] == [0, 0], result["err"]
+    line, backend = result["out"][0].splitlines()
+    assert "--dist-backend nccl" in line and backend == "gloo"
+    assert result["out"][1] == "gloo\n"
+    # and it is not second-guessed
+    result = runner(["nccl"], tmp_path, 2, call="test_ranks:join_with_one_device_each")
+    assert result["out"] == ["nccl\n"] * 2, result["err"]
 
 
 def broadcast_on_cuda_group(_: list[str]) -> int:

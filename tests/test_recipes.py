@@ -336,7 +336,7 @@ def test_a_signal_reaches_the_run_and_ends_the_seeds_with_its_status(tmp_path, n
 
 
 def test_the_commands_of_docs_paper_cost_what_it_says(call, tmp_path):
-    lines = re.findall(r"^\|.*?`([^`]*(?:run_code|finetune)\.sh[^`]*)` \| ([\d.,]+) (h|steps) \|", PAPER, re.M)
+    lines = re.findall(r"^\|.*?`([^`]*(?:run_code|finetune)\.sh[^`]*)` \| ([\d.,]+) (h|updates) \|", PAPER, re.M)
     assert {command.split()[-1] for command, *_ in lines if "ablation" in command} == set(ROWS)
     assert len(lines) == len(ROWS) + 8 + 12 + 2 + 8 + 8
     for command, cost, unit in lines:

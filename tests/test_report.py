@@ -213,7 +213,7 @@ def test_names_of_files_need_not_be_utf_8(plain, tmp_path, capfd):
 def test_shares_are_put_in_the_data_sets_order_and_may_be_empty():
     logits = torch.randn(3, 4)
     first = [2, 0], [(torch.tensor([12]), logits[2:]), (torch.tensor([10]), logits[:1])]
-    targets, probabilities = report.in_order([first, ([], []), ([1], [(torch.tensor([11]), logits[1:2])])])
+    targets, probabilities = report.merge_shares([first, ([], []), ([1], [(torch.tensor([11]), logits[1:2])])])
     assert targets.tolist() == [10, 11, 12]
     assert np.allclose(probabilities, logits.softmax(dim=1), atol=1e-6)
 

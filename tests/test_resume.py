@@ -73,6 +73,15 @@ def test_another_optimizer_starts_its_state_anew(quick_run, quick_flags, capsys)
     assert "--opt was adamw; rmsprop starts without its state" in capsys.readouterr().out
 
 
+def test_arguments_that_need_other_moments_start_the_state_anew(quick_run, quick_flags, tmp_path):
+    """AMSGrad needs one that the checkpoint lacks."""
+    words = ["--opt-kwargs", "amsgrad=true", "--output_dir", str(tmp_path)]
+    run(*quick_flags, *words, "--resume", str(quick_run / "checkpoint.pth"))
+    before, now = (torch.load(folder / "checkpoint.pth")["optimizer"]["state"] for folder in (quick_run, tmp_path))
+    # of one epoch each, where a continued state has counted two
+    assert "max_exp_avg_sq" in now[0] and now[0]["step"] == before[0]["step"]
+
+
 def make_updates(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
     for _ in range(count):
         model.zero_grad()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from util import distributed
 from util.config import DataConfig, ModelConfig
 from util.distributed import print0
-from util.errors import InputError
-from util.weights import first_line, get_weights, load, load_weights, saved_flags
+from util.errors import InputError, first_line
+from util.weights import get_weights, load, load_weights, saved_flags
 
 # checkpoint_0012.pth: epoch 12 is finished; checkpoint_0013_000200.pth: 200 updates of epoch 13 are made
 NUMBERED = re.compile(r"checkpoint_(\d+)(?:_(\d+))?\.pth")
@@ -43,6 +43,16 @@ FLAGS_WITHOUT_EFFECT = {
     "pin_mem",
     "dist_backend",
     "dist_timeout",
+    "test_speed",
+    "speed_batch_size",
+    # accepted for old command lines
+    "resplit",
+    "cooldown_epochs",
+    "patience_epochs",
+    "dist_eval",
+    "world_size",
+    "dist_url",
+    "local_rank",
 }
 
 
@@ -140,6 +150,11 @@ class TrainState:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     @property
+    def initial_lr(self) -> float:
+        """Return the learning rate of the flags, before the schedule; with layer decay it is the head's."""
+        return max(group["initial_lr"] for group in self.optimizer.param_groups)
+
+    @property
     def batch_layout(self) -> dict[str, int]:
         """Return what decides which images are in which update: where it changes, no resume is bit-exact."""
         names = ("batch_size", "accum_steps", "seed", "repeated_aug")
@@ -207,12 +222,14 @@ class TrainState:
                 print0(f"{source}: no EMA in it; the EMA starts from the loaded weights")
             load_weights(self.ema.module, weights, source, remedy)
 
-        # Optimizer state, which is of no use to another kind of optimizer
-        opt = self.args["opt"]
-        if flags.get("opt", opt).lower() == opt.lower():
-            load_optimizer(self.optimizer, saved["optimizer"], source)
+        # Optimizer state, which is of no use to another kind of optimizer, or to one with other moments
+        for name in ("opt", "opt_kwargs"):
+            now, before = self.args[name], flags.get(name, self.args[name])
+            if str(now).lower() != str(before).lower():
+                print0(f"{source}: --{name} was {before}; {self.args['opt']} starts without its state")
+                break
         else:
-            print0(f"{source}: --opt was {flags['opt']}; {opt} starts without its state")
+            load_optimizer(self.optimizer, saved["optimizer"], source)
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
 

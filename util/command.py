@@ -20,13 +20,12 @@ import torch
 import yaml
 
 from util import distributed
-from util.errors import InputError, NonFiniteLossError, StoppedError
-from util.weights import first_line
+from util.errors import InputError, NonFiniteLossError, StoppedError, first_line
 
 # exit status of a run that a signal stopped and that can be resumed (EX_TEMPFAIL)
 STOPPED = 75
 
-# names of flags in other training scripts, and ours, where difflib would not find it by spelling
+# flags of other training scripts and what they are called here, where difflib would not find it by spelling
 SYNONYMS = {
     "batch": "--batch-size",
     "cpu": "--device",
@@ -44,8 +43,8 @@ SYNONYMS = {
     "wd": "--weight-decay",
 }
 
-# flags that say where a run was, and not what it computed
-PLACE_FLAGS = ("device", "config", "output_dir", "resume", "start_epoch", "given")
+# entries of args.json that a run with its flags does not take over: where it ran, and how it started
+NOT_REPEATED = ("device", "config", "output_dir", "resume", "start_epoch", "given")
 # flags whose default the machine chooses; args.json holds its choice
 AUTO_FLAGS = ("amp", "dist_backend")
 
@@ -91,7 +90,7 @@ class Parser(argparse.ArgumentParser):
             raise InputError(message.removeprefix("argument "))
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.8)
         synonym = SYNONYMS.get(unknown[1].lstrip("-").replace("_", "-"))
-        # another script's flag would be no help
+        # only if this script has that flag
         if synonym in self._option_string_actions:
             near = [synonym]
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
@@ -175,7 +174,7 @@ def import_file(path: str) -> str:
     return path
 
 
-# what argparse takes for kinds of flags that are no types
+# keyword arguments of add_argument for kinds of flags that are not types
 ACTIONS = {
     bool: {"action": "store_true"},
     KeyValues: {"action": KeyValues, "nargs": "*"},
@@ -190,8 +189,13 @@ MODEL_FLAGS = (
     IMPORT_FLAG,
     ("--model", str, None, "any model of timm or of this repository"),
     ("--model-kwargs", KeyValues, None, "KEY=VALUE arguments of the model, for example embed_dim=96 depth=4"),
-    ("--input-size", [positive_int], None, "pixels, or height and width; default: the model's own"),
-    ("--nb-classes", positive_int, None, "number of classes; default: from the data"),
+    (
+        "--input-size",
+        [positive_int],
+        None,
+        "pixels, or height and width; default: the checkpoint's, else the model's",
+    ),
+    ("--nb-classes", positive_int, None, "number of classes; default: the checkpoint's, else the data's"),
     ("--eval-crop-ratio", open_fraction, None, "share of the image that evaluation's center crop keeps"),
     ("--mean", [fraction] * 3, None, "mean of the pixels in red, green and blue, from 0 to 1"),
     ("--std", [open_fraction] * 3, None, "standard deviation of the pixels in red, green and blue"),
@@ -227,7 +231,7 @@ def add_flags(group, rows: Sequence[tuple]) -> None:
 def add_model_flags(parser: Parser) -> None:
     """Add the flags that name a checkpoint and describe its model to a script that loads it."""
     add_flags(parser, CHECKPOINT_FLAGS)
-    add_flags(parser.add_argument_group("model, where the checkpoint does not describe it"), MODEL_FLAGS)
+    add_flags(parser.add_argument_group("model: each flag overrides what the checkpoint says"), MODEL_FLAGS)
 
 
 def parse_size(values: Sequence[int] | None) -> tuple[int, int] | None:
@@ -264,7 +268,7 @@ def read_config(path: str, parser: Parser) -> list[str]:
     """Return the flags of a YAML or JSON file as words of a command line, checked as if they had been typed.
 
     From a run's args.json, only flags that were given, or whose default has changed since, are taken, and none of
-    `PLACE_FLAGS`. Raises InputError.
+    `NOT_REPEATED`. Raises InputError.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -283,7 +287,7 @@ def read_config(path: str, parser: Parser) -> list[str]:
             for name, value in content.items()
             if name in given or (name in defaults and name not in AUTO_FLAGS and value != defaults[name])
         }
-        for name in PLACE_FLAGS:
+        for name in NOT_REPEATED:
             content.pop(name, None)
 
     # Parse the words here already, so that the error for a bad flag names the file

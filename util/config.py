@@ -119,6 +119,10 @@ SPLIT_FIELDS = ("train_fraction", "val_fraction", "folds", "fold", "split_seed")
 DATA_SETS = ("DIGITS", *FOLDER_DATA_SETS, *TORCHVISION_SETS, *INATURALIST)
 
 
+# of --drop-path, which models without stochastic depth may ignore
+DEFAULT_DROP_PATH = 0.1
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A model as timm registers it, and how its images are prepared for evaluation.
@@ -198,7 +202,13 @@ class AugmentConfig:
     vflip: float = 0.0
 
 
+def is_evit(model: str) -> bool:
+    """Return whether a model reorganises tokens, which its name says."""
+    return model.endswith("_shrink_base")
+
+
 def describe_size(size: tuple[int, int]) -> str:
+    """Return "HEIGHTxWIDTH" in pixels."""
     return "x".join(map(str, size))
 
 

@@ -1,4 +1,4 @@
-"""The flags of main.py on training images, and the configurations made of them: data set and augmentation."""
+"""The flags of main.py on data and augmentation, and the configurations made of them."""
 
 import argparse
 import difflib
@@ -41,8 +41,13 @@ def data_set(word: str) -> str:
 
 # spellings, type, default and help, see add_flags
 AUGMENT_FLAGS = (
-    ("--color-jitter", nonnegative_float, 0.4, "strength of color jitter; used only with --aa none or --ThreeAugment"),
-    ("--aa", str, "rand-m9-mstd0.5-inc1", "timm's AutoAugment policy, or none; not with --ThreeAugment"),
+    (
+        "--color-jitter",
+        nonnegative_float,
+        AugmentConfig.color_jitter,
+        "strength of color jitter, for --aa none and --ThreeAugment",
+    ),
+    ("--aa", str, AugmentConfig.aa, "timm's AutoAugment policy, or none; not with --ThreeAugment"),
     ("--smoothing", below_one, 0.1, "label smoothing"),
     ("--ThreeAugment", bool, False, "DeiT III's augmentation: grey, solarise or blur, color jitter"),
     ("--src", bool, False, "with --ThreeAugment: resize and random crop, no random resized crop"),
@@ -56,11 +61,11 @@ AUGMENT_FLAGS = (
     ("--scale", [open_fraction] * 2, None, "least and largest share of the image in a random resized crop"),
     ("--ratio", [positive_float] * 2, None, "least and largest width / height of a random resized crop"),
     ("--hflip", fraction, None, "probability of mirroring; default: 0.5, or 0 where it changes the class (digits)"),
-    ("--vflip", fraction, 0.0, "probability of turning images upside down"),
+    ("--vflip", fraction, AugmentConfig.vflip, "probability of turning images upside down"),
     (
         "--train-interpolation",
         ("random", "bilinear", "bicubic"),
-        "bicubic",
+        AugmentConfig.interpolation,
         "interpolation of the random resized crop",
     ),
     (
@@ -69,14 +74,19 @@ AUGMENT_FLAGS = (
         True,
         "each image three times per epoch, augmented differently; an epoch has a third of the images (below 256: all)",
     ),
-    ("--reprob", fraction, 0.25, "probability of random erasing"),
-    ("--remode", ("pixel", "rand", "const"), "pixel", "what random erasing fills with"),
-    ("--recount", positive_int, 1, "maximum number of erased boxes per image"),
+    ("--reprob", fraction, AugmentConfig.reprob, "probability of random erasing"),
+    ("--remode", ("pixel", "rand", "const"), AugmentConfig.remode, "what random erasing fills with"),
+    ("--recount", positive_int, AugmentConfig.recount, "maximum number of erased boxes per image"),
     # of timm's augmentation splits, which the published scripts did not have either
     ("--resplit", bool, False, NO_EFFECT),
     ("--mixup", nonnegative_float, 0.8, "alpha of mixup; 0: off"),
     ("--cutmix", nonnegative_float, 1.0, "alpha of cutmix; 0: off"),
-    ("--cutmix-minmax", [fraction], None, "minimum and maximum side of cutmix's box; overrides alpha"),
+    (
+        "--cutmix-minmax",
+        [fraction],
+        None,
+        "least and largest side of cutmix's box, as a share of the image's; overrides alpha",
+    ),
     ("--mixup-prob", fraction, 1.0, "probability of mixup or cutmix per batch"),
     ("--mixup-switch-prob", fraction, 0.5, "probability of cutmix where both are on"),
     ("--mixup-mode", ("batch", "pair", "elem"), "batch", "draw per batch, pair or image"),

@@ -1,4 +1,4 @@
-"""Processes and devices: the only product file that uses torch.distributed and torch.cuda."""
+"""Processes and devices: the only file outside tests/ that uses torch.distributed and torch.cuda."""
 
 import ctypes
 import gc
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from util.errors import InputError
+from util.errors import InputError, first_line
 
 # what gloo and nccl say of a process that has ended, or is silent
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "imed out")
@@ -40,8 +40,11 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodelist).partition(",")[0]
 
 
-def find_world() -> tuple[int, int, int]:
-    """Return (rank, local rank, number of processes) from torchrun's variables or Slurm's; (0, 0, 1) without either."""
+def read_world() -> tuple[int, int, int]:
+    """Return (rank, local rank, number of processes) from torchrun's variables or Slurm's; (0, 0, 1) without either.
+
+    Under Slurm, set MASTER_ADDR and MASTER_PORT where they are not set. Raises InputError.
+    """
     if "WORLD_SIZE" in os.environ:
         return env_int("RANK"), env_int("LOCAL_RANK"), env_int("WORLD_SIZE")
     # an interactive shell and a batch script have one process, however many tasks the allocation is for
@@ -62,7 +65,7 @@ def is_restarted() -> bool:
 
 def local_world_size() -> int:
     """Return the number of this run's processes on this machine."""
-    if find_world()[2] == 1:
+    if read_world()[2] == 1:
         return 1
     # Slurm lists tasks per node as "2(x3),1": assume the first node's count on all
     tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
@@ -70,9 +73,9 @@ def local_world_size() -> int:
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """Return the device of --device; by default the accelerator, if there is one, or else the CPU. Raises InputError.
+    """Make the device of --device the current one and return it; by default the accelerator, else the CPU.
 
-    Processes on one machine take its devices in turn.
+    Processes on one machine take its devices in turn. Raises InputError.
     """
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -89,7 +92,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
         )
     index = (index + local_rank) % count
     torch.accelerator.set_device_index(index)
-    # all batches have one size: find the fastest convolution once
+    # nearly all batches have one size: find the fastest convolution for it once
     torch.backends.cudnn.benchmark = True
     return torch.device(device.type, index)
 
@@ -100,13 +103,19 @@ def init(device_name: str | None, backend: str | None = None, timeout_s: float =
     Collectives fail when a process does not answer for `timeout_s` seconds.
     """
     global _gloo_group
-    rank, local_rank, world = find_world()
+    rank, local_rank, world = read_world()
     device = pick_device(device_name, local_rank)
     if world == 1 or dist.is_initialized():
         return device
 
     # nccl, the default on CUDA, refuses processes that share a device
-    shared = local_world_size() > torch.accelerator.device_count()
+    processes, devices = local_world_size(), torch.accelerator.device_count()
+    shared = processes > devices
+    if shared and device.type != "cpu" and backend is None and rank == 0:
+        print(
+            f"{processes} processes on this machine see {devices} accelerators, and so exchange gradients by gloo; if "
+            "the launcher shows each process only its own, add --dist-backend nccl"
+        )
     backend = backend or ("gloo" if shared else dist.get_default_backend_for_device(device))
     if not dist.is_backend_available(backend):
         raise InputError(f"--dist-backend {backend}: this torch does not have it; gloo works on any device")
@@ -120,10 +129,9 @@ def init(device_name: str | None, backend: str | None = None, timeout_s: float =
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         _gloo_group = dist.new_group(timeout=timeout, backend="gloo")
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"the {world} processes cannot connect: {reason}; start them with torchrun, and across machines set "
-            "GLOO_SOCKET_IFNAME to the network interface"
+            f"the {world} processes cannot connect: {first_line(error)}; start them with torchrun, and across machines "
+            "set GLOO_SOCKET_IFNAME to the network interface"
         ) from None
     return device
 
@@ -224,12 +232,16 @@ def gather_object(value: object) -> list | None:
 @contextmanager
 def primary_first() -> Iterator[None]:
     """Run a block on rank 0 before the others run it: they find what it has downloaded."""
-    # where rank 0 fails it ends, and the others with it
+    if not is_distributed():
+        yield
+        return
+    # a download may take longer than --dist-timeout; where rank 0 fails it ends, and the others with it
+    group = dist.new_group(timeout=timedelta(days=1), backend="gloo")
     if not is_primary():
-        broadcast_object(None)
+        dist.barrier(group)
     yield
     if is_primary():
-        broadcast_object(None)
+        dist.barrier(group)
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
@@ -246,10 +258,9 @@ def broadcast_state(module: nn.Module) -> None:
     broadcast_tensors(module.state_dict().values())
 
 
-def broadcast_buffers(module: nn.Module | None) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Copy rank 0's buffers to every process: batch norms are local to a process while training."""
-    if module is not None:
-        broadcast_tensors(module.buffers())
+    broadcast_tensors(module.buffers())
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:

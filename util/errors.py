@@ -11,3 +11,9 @@ class NonFiniteLossError(Exception):
 
 class StoppedError(Exception):
     """A signal stopped the run, which can be resumed from there: one line, exit status 75 (EX_TEMPFAIL)."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(":. ")

@@ -24,9 +24,8 @@ from util import distributed
 from util.checkpoint import TrainState, explain_write_errors, open_atomic
 from util.config import ModelConfig, describe_size
 from util.distributed import print0
-from util.errors import InputError, NonFiniteLossError
+from util.errors import InputError, NonFiniteLossError, first_line
 from util.precision import Precision
-from util.weights import first_line
 
 # the panels of curves.png: keys of log.txt and their labels
 CURVES = {
@@ -71,6 +70,7 @@ class EpochProgress:
 
     @property
     def seconds(self) -> float:
+        """Return the seconds spent on the epoch, those before a resume included."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def throughput(self) -> dict[str, float]:
@@ -279,7 +279,7 @@ def describe_versions() -> dict[str, str]:
     """Return the versions of what a result depends on, and this repository's commit."""
     versions = {name: import_module(name).__version__ for name in ("torch", "torchvision", "timm", "numpy", "PIL")}
     versions["python"] = sys.version.split()[0]
-    # git's output says where it, or the repository, is missing
+    # an error message where git, or the repository, is missing
     versions["git"] = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40')
     return versions
 
@@ -288,7 +288,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def print_reduction(model: nn.Module, config: ModelConfig) -> None:
+def warn_about_downsampling(model: nn.Module, config: ModelConfig) -> None:
     """Warn if a CNN's first layers downsample small images too much."""
     levels = getattr(model, "feature_info", [])
     # the patches of a ViT are for the user to choose
@@ -310,7 +310,7 @@ def print_run_summary(state: TrainState, images: int, test_images: int, distinct
     epochs = args["epochs"]
     updates = state.updates_per_epoch
     print0(f"Model {state.config.name}; number of params: {count_parameters(state.model)}")
-    print_reduction(state.model, state.config)
+    warn_about_downsampling(state.model, state.config)
     repeated = " (--repeated-aug)" if args["repeated_aug"] else ""
     print0(
         f"{images} training and {test_images} validation images ({state.data.describe_validation()}); an epoch of "
@@ -324,7 +324,7 @@ def print_run_summary(state: TrainState, images: int, test_images: int, distinct
         print0("The model stays in eval mode: batch norms are frozen, no drop path (--no-train-mode)")
     elif args["finetune"]:
         print0("Fine-tuning in train mode: batch norms follow the data; --no-train-mode freezes them, as published")
-    lr = max(group["initial_lr"] for group in state.optimizer.param_groups)
+    lr = state.initial_lr
     if lr < args["min_lr"]:
         print0(f"The learning rate {lr:g} is below --min-lr {args['min_lr']:g}: raise --lr, or add --unscale-lr")
     remaining = args["model_ema_decay"] ** (updates * epochs)
@@ -342,7 +342,7 @@ def describe_run(state: TrainState, precision: Precision) -> dict[str, Any]:
     return {
         **state.args,
         "effective_batch": layout["batch_size"] * layout["processes"] * layout["accum_steps"],
-        "effective_lr": max(group["initial_lr"] for group in state.optimizer.param_groups),
+        "effective_lr": state.initial_lr,
         "n_parameters": count_parameters(state.model),
         "processes": layout["processes"],
         "device": distributed.describe(precision.device),
@@ -353,7 +353,7 @@ def describe_run(state: TrainState, precision: Precision) -> dict[str, Any]:
 
 def print_accuracy(test: dict[str, Any]) -> None:
     print0(f"* Acc@1 {test['acc1']:.3f} Acc@{test['topk']} {test['acc5']:.3f} loss {test['loss']:.3f}")
-    print0(f"Accuracy of the network on {test['count']} images: {test['acc1']:.1f}%")
+    print0(f"Accuracy of the network on the {test['count']} test images: {test['acc1']:.1f}%")
 
 
 def describe_speed(row: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from util.distributed import print0
-from util.errors import InputError
-from util.weights import classifier_names, first_line, is_below
+from util.errors import InputError, first_line
+from util.weights import classifier_names, is_below
 
 
 def build_optimizer(
@@ -21,7 +21,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return any of timm's optimizers; `kwargs` and `opt_kwargs` are those of `create_optimizer_v2`.
 
-    Raises InputError, for an argument that is in both too.
+    Raises InputError for an unknown optimizer, for arguments that it does not take, and for one given in both.
     """
     opt_kwargs = opt_kwargs or {}
     # one kernel for all parameters, which torch has for these
@@ -47,7 +47,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, sched: str, **kwargs) -> S
     return scheduler
 
 
-def balance_classes(targets: Sequence[int] | None, num_classes: int) -> Tensor:
+def balanced_class_weights(targets: Sequence[int] | None, num_classes: int) -> Tensor:
     """Return weights [classes] in inverse proportion to the classes' images, with mean 1 over the images.
 
     A class without images weighs nothing. Raises InputError for `targets` None.
@@ -63,7 +63,10 @@ def balance_classes(targets: Sequence[int] | None, num_classes: int) -> Tensor:
 
 
 def build_criterion(mixup: Mixup | None, smoothing: float, bce_loss: bool, weights: Tensor | None = None) -> nn.Module:
-    """Return a loss(logits [B, classes], targets); `weights` [classes] scale each class's contribution."""
+    """Return a loss(logits [B, classes], targets); `weights` [classes] scale each class's contribution.
+
+    Targets are class numbers [B] or, mixed, shares [B, classes].
+    """
     # a class with any share in a mixed image is a positive target
     if bce_loss:
         return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0, pos_weight=weights)

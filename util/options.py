@@ -23,7 +23,7 @@ from util.command import (
     positive_int,
     read_config,
 )
-from util.config import ModelConfig, resolve_input_size
+from util.config import DEFAULT_DROP_PATH, ModelConfig, is_evit, resolve_input_size
 from util.data_options import AUGMENT_FLAGS, DATA_FLAGS, NO_EFFECT, is_mixup_active, pretrained_fields
 from util.errors import InputError
 from util.keep_rate import keep_rate_at
@@ -60,7 +60,7 @@ FLAGS = {
         ("--report", str, None, "with --eval: folder for metrics, confusion matrix, predictions and worst mistakes"),
         ("--use-ema", bool, False, "with --eval, --finetune and --visualize: use the EMA weights"),
         ("--eval-freq", positive_int, 1, "evaluate every so many epochs, and after the last"),
-        ("--print-freq", positive_int, 10, "updates between two reports"),
+        ("--print-freq", positive_int, 10, "updates between two lines of progress"),
         ("--test_speed", bool, False, "measure throughput and MACs first, then go on"),
         ("--only_test_speed", bool, False, "measure throughput and MACs and exit; needs no data"),
         ("--device", str, None, "for example cuda, cuda:1 or cpu; default: the best there is"),
@@ -84,8 +84,8 @@ FLAGS = {
     "token reorganisation, dropout and EMA": (
         ("--shrink_start_epoch", nonnegative_int, 10, "EViT: all tokens are kept before this epoch"),
         ("--shrink_epochs", nonnegative_int, 0, "EViT: number of epochs over which the keep rate falls"),
-        ("--drop", below_one, 0.0, "dropout rate inside the blocks"),
-        ("--drop-path", below_one, 0.1, "maximum stochastic depth rate; rises linearly over the blocks"),
+        ("--drop", below_one, 0.0, "dropout rate after the embedding and inside the blocks"),
+        ("--drop-path", below_one, DEFAULT_DROP_PATH, "maximum stochastic depth rate; rises linearly over the blocks"),
         ("--model-ema", BooleanOptionalAction, True, "keep and evaluate an EMA of the weights"),
         ("--model-ema-decay", fraction, 0.99996, "decay of the EMA per update"),
         ("--model-ema-warmup", bool, False, "raise the EMA's decay from 0 to --model-ema-decay, as timm does"),
@@ -96,19 +96,14 @@ FLAGS = {
         ("--finetune", str, "", "checkpoint to start from; a head of another shape is re-initialised"),
         ("--freeze", str, "", "head: train only the classifier; N: train only the last N blocks, norm and head"),
         ("--layer-decay", open_fraction, None, "layer-wise learning rate decay, for example 0.75"),
-        (
-            "--train-mode",
-            BooleanOptionalAction,
-            True,
-            "--no-train-mode: fine-tune in eval mode (batch norms frozen, no drop path), as published",
-        ),
+        ("--train-mode", BooleanOptionalAction, True, "--no-train-mode: eval mode (batch norms frozen), as published"),
     ),
     "optimization": (
         ("--opt", str, "adamw", "any optimizer of timm"),
         ("--opt-eps", nonnegative_float, 1e-8, "epsilon of the optimizer"),
         ("--opt-betas", [below_one], None, "betas of the optimizer; default: the optimizer's"),
         ("--opt-kwargs", KeyValues, {}, "other KEY=VALUE arguments of the optimizer, for example amsgrad=true"),
-        ("--momentum", below_one, 0.9, "momentum of SGD and its kind"),
+        ("--momentum", below_one, 0.9, "momentum of SGD and similar optimizers"),
         ("--weight-decay", nonnegative_float, 0.05, "weight decay"),
         ("--clip-grad", positive_float, None, "clip gradients to this norm; default: no clipping"),
         (
@@ -120,7 +115,7 @@ FLAGS = {
         ("--unscale-lr", bool, False, "use --lr as it is"),
         ("--sched", SCHEDULES, "cosine", "learning rate schedule"),
         ("--lr-noise", [fraction], None, "shares of the epochs between which the learning rate is noisy"),
-        ("--lr-noise-pct", positive_float, 0.67, "limit of the learning rate noise"),
+        ("--lr-noise-pct", positive_float, 0.67, "limit of the learning rate noise, as a share of the learning rate"),
         ("--lr-noise-std", nonnegative_float, 1.0, "standard deviation of the learning rate noise"),
         ("--warmup-lr", nonnegative_float, 1e-6, "learning rate at the start of the warm-up"),
         ("--min-lr", nonnegative_float, 1e-5, "learning rate at the end of cosine, tanh, poly, wsd and rsqrt"),
@@ -177,7 +172,7 @@ def build_parser() -> Parser:
     parser.set_defaults(
         model="deit_base_patch16_224",
         model_kwargs={},
-        eval_crop_ratio=0.875,
+        eval_crop_ratio=ModelConfig.crop_ratio,
         base_keep_rate=0.7,
         fuse_token=False,
         drop_loc="(3, 6, 9)",
@@ -198,7 +193,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args = parser.parse_args([*read_config(args.config, parser), *argv])
     check_values(args)
     check_modes(args)
-    if not (args.eval or args.only_test_speed or visualization_mode(args)):
+    if trains(args):
         check_training(args)
         check_distillation(args)
     # a checkpoint may be of another model than --model
@@ -209,9 +204,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def is_evit(model: str) -> bool:
-    """Return whether a model reorganises tokens, which its name says."""
-    return model.endswith("_shrink_base")
+def trains(args: argparse.Namespace) -> bool:
+    """Return whether the flags ask for training: not for an evaluation, pictures or a speed test alone."""
+    return not (args.eval or args.only_test_speed or visualization_mode(args))
 
 
 def visualization_mode(args: argparse.Namespace) -> str:
@@ -256,6 +251,12 @@ def check_values(args: argparse.Namespace) -> None:
         raise InputError(f"--model-kwargs {name}={args.model_kwargs[name]}: use {flags[name]}")
     if "torchcompile_mode" in args.given and not args.compile:
         raise InputError("--torchcompile-mode is for --compile: add it")
+    # pytorch#169545
+    if args.accum_steps > 1 and args.torchcompile_mode in ("reduce-overhead", "max-autotune"):
+        raise InputError(
+            f"--torchcompile-mode {args.torchcompile_mode}: its CUDA graphs overwrite the gradients that --accum-steps "
+            "adds up; use max-autotune-no-cudagraphs, or leave --accum-steps out"
+        )
 
 
 def check_modes(args: argparse.Namespace) -> None:
@@ -329,7 +330,7 @@ def check_distillation(args: argparse.Namespace) -> None:
 def model_config(args: argparse.Namespace) -> ModelConfig:
     """Return the model that the flags describe; the number of classes may still come from the data."""
     kwargs: dict[str, Any] = {"drop_path_rate": args.drop_path}
-    # inside the blocks, as published; timm's drop_rate would be the classifier's
+    # after the embedding and inside the blocks, as published; timm's drop_rate would be the classifier's
     if args.drop:
         kwargs["pos_drop_rate"] = args.drop
         kwargs["proj_drop_rate"] = args.drop
@@ -381,7 +382,7 @@ def keep_rate_schedule(args: argparse.Namespace, updates_per_epoch: int) -> Call
         keep_rate_at,
         start_epoch=args.shrink_start_epoch,
         end_epoch=args.shrink_start_epoch + args.shrink_epochs,
-        iterations_per_epoch=updates_per_epoch,
+        updates_per_epoch=updates_per_epoch,
         base_rate=args.base_keep_rate,
     )
 

@@ -72,6 +72,7 @@ class Precision:
             classifiers = getattr(model, "get_classifier", tuple)()
             for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
                 if type(classifier) is nn.Linear:
+                    # in place: parameters, hooks and the module's name stay as they are
                     classifier.__class__ = Float32Linear
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         return model.to(self.device, memory_format=memory_format)

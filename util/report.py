@@ -32,7 +32,7 @@ def write_report(
     shares = distributed.gather_object((list(loader.sampler), outputs))
     if shares is None:
         return
-    targets, probabilities = in_order(shares)
+    targets, probabilities = merge_shares(shares)
     predicted = probabilities.argmax(axis=1)
 
     # Names; a head may have more outputs than the data has classes
@@ -43,7 +43,7 @@ def write_report(
     predictions = np.array(classes)[predicted]
 
     # Numbers
-    scalars, columns, confusion = measure(targets, predicted, probabilities)
+    scalars, columns, confusion = compute_metrics(targets, predicted, probabilities)
     with open_atomic(folder / "report.json") as file:
         file.write(json.dumps(scalars, indent=1).encode())
     write_csv(folder / "classes.csv", ["class", "images", "accuracy", "precision", "f1"], classes, *columns)
@@ -106,7 +106,7 @@ def draw_first_batch(criterion: nn.Module, state: TrainState) -> None:
     handle = criterion.register_forward_pre_hook(draw)
 
 
-def in_order(shares: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+def merge_shares(shares: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
     """Return targets [N] and probabilities [N, classes] in the data set's order.
 
     `shares` has a pair for each process: its images' indices, and batches of targets [B] and logits [B, classes].
@@ -118,7 +118,7 @@ def in_order(shares: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
     return targets.numpy()[order], logits.double().softmax(dim=1).numpy()[order]
 
 
-def measure(
+def compute_metrics(
     targets: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray
 ) -> tuple[dict[str, float], list[np.ndarray], np.ndarray]:
     """Return single numbers, columns by class, and the confusion matrix [labels, predictions], by scikit-learn.

@@ -71,6 +71,7 @@ class StopSignal:
 
     @property
     def name(self) -> str:
+        """Return the signal that this process received, in words for a message."""
         return signal.Signals(received).name if received else "a signal to another process"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from util import distributed
 from util.distributed import print0
-from util.errors import InputError
+from util.errors import InputError, first_line
 
 # What published checkpoints hold besides tensors: an argparse.Namespace with paths and NumPy numbers in it.
 ALLOWED = [
@@ -32,12 +32,6 @@ ALLOWED = [
     np.dtype,
     *(type(np.dtype(code)) for code in "f8 f4 f2 i8 i4 u1 ?".split()),
 ]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(":. ")
 
 
 def load(source: str | Path) -> dict[str, Any]:
@@ -189,7 +183,7 @@ def load_matching(
     """
     expected = model.state_dict()
     heads = classifier_names(model.pretrained_cfg)
-    resampled = resample_pos_embed(model, weights, input_size)
+    resampled = fit_pos_embed(model, weights, input_size)
     shared = [name for name in expected if name in weights]
     matched = [name for name in shared if weights[name].shape == expected[name].shape]
     reshaped = [name for name in shared if name not in matched]
@@ -213,7 +207,7 @@ def load_matching(
     print0(f"Fine-tuning from {source}: {counts}")
 
 
-def resample_pos_embed(model: nn.Module, weights: dict[str, Tensor], input_size: Sequence[int] | None = None) -> bool:
+def fit_pos_embed(model: nn.Module, weights: dict[str, Tensor], input_size: Sequence[int] | None = None) -> bool:
     """Resample the `pos_embed` [1, prefix + H * W, C] in `weights` to the model's grid; return whether it changed.
 
     Bicubic without antialiasing, as in DeiT's fine-tuning. The file's grid follows from its `input_size` (height,
