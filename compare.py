@@ -1,9 +1,9 @@
 """Compare runs: python compare.py RUN… [--out FOLDER].
 
 A RUN is an --output_dir of main.py, finished or not, or a folder of such folders. Runs with the same number of epochs
-that differ only in seed or fold share a line, with mean ± standard deviation. A line is named by the flags that set it
-apart, or by its folder if they are too many. Test accuracy comes from a report in RUN/test
-(--eval --split test --report RUN/test).
+and of classes that differ only in seed, fold or --data-path share a line, with mean ± standard deviation. A line is
+named by the flags that set it apart, or by its folder if they are too many. Test accuracy comes from a report in
+RUN/test (--eval --split test --report RUN/test).
 """
 
 import csv
@@ -105,7 +105,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_test_accuracy(folder: Path) -> float:
     """Return the accuracy in percent that the report in RUN/test has, nan where there is none."""
     path = folder / "test" / "report.json"
-    return 100 * json.loads(path.read_text())["accuracy"] if path.exists() else np.nan
+    return 100 * float(json.loads(path.read_text())["accuracy"]) if path.exists() else np.nan
 
 
 def count_gmacs(args: dict[str, Any]) -> float:
@@ -190,8 +190,8 @@ def draw_by(name: str, groups: Sequence[list[dict]], path: Path) -> None:
             raise InputError(f"--x {name}: not a flag to compare runs by; give, for example, lr or train_fraction")
         mean, std = mean_and_std([run["numbers"] for run in runs])
         lines[flags["model"]].append((flags[name], mean[column], std[column]))
-    values = list({x for points in lines.values() for x, *_ in points})
-    # names, and None, have no place between numbers
+    values = [x for points in lines.values() for x, *_ in points]
+    # names, sizes and None have no place between numbers
     as_shown = float if all(isinstance(x, int | float) for x in values) else str
 
     figure = Figure((7, 5), layout="constrained")
@@ -209,8 +209,9 @@ def draw_by(name: str, groups: Sequence[list[dict]], path: Path) -> None:
         )
     if as_shown is float:
         # learning rates, fractions and sizes are chosen by factors
-        axes.set_xscale("log" if min(values) > 0 else "linear")
-        axes.set_xticks(values, labels=[f"{x:g}" for x in values])
+        ticks = sorted(set(values))
+        axes.set_xscale("log" if ticks[0] > 0 else "linear")
+        axes.set_xticks(ticks, labels=[f"{x:g}" for x in ticks])
         axes.minorticks_off()
     figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=200)
@@ -231,8 +232,8 @@ def find_groups(words: Sequence[str]) -> tuple[list[list[dict]], list[list[str]]
     for folder in folders.values():
         try:
             run = read_run(folder)
-            # average only runs of the same length
-            key = json.dumps(run["flags"], sort_keys=True), max(run["curve"])
+            # average only runs of the same length, and on as many classes
+            key = json.dumps(run["flags"], sort_keys=True), max(run["curve"]), run["args"]["n_parameters"]
             found[key].append(run)
         except InputError as error:
             errors.append([f"{folder}: {error}"])

@@ -268,8 +268,7 @@ def evenly_spaced(dataset: Dataset, count: int) -> Iterator[tuple[Tensor, str | 
         image, target = dataset[i]
         label = None if target < 0 else dataset.classes[target]
         name = f"image {i}" if dataset.files is None else Path(dataset.files[i]).name
-        # matplotlib cannot draw names that are not UTF-8
-        yield image, label, name.encode(errors="replace").decode()
+        yield image, label, name
 
 
 def default_workers() -> int:

@@ -27,7 +27,7 @@ from util.command import (
     run_command,
 )
 from util.distributed import pick_device
-from util.errors import InputError
+from util.errors import InputError, printable
 from util.options import model_overrides
 from util.precision import AMP_FLAG, DTYPES, Precision, resolve_amp
 from util.stop_signal import ignore_signals
@@ -117,7 +117,7 @@ def run(argv: list[str]) -> None:
             if not args.json:
                 words = [f"{p['class']} {p['probability']:.1%}" for p in predictions]
                 # names of files need not be UTF-8
-                print(path.encode(errors="replace").decode(), *words, sep="  ", flush=True)
+                print(printable(path), *words, sep="  ", flush=True)
 
     # the error comes last, after all that could be read
     if args.json:

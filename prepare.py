@@ -45,7 +45,7 @@ def name_errors(path: Path, layout: str) -> Iterator[None]:
     """Raise InputError, with the file's name and the `layout` it should have, for what goes wrong inside."""
     try:
         yield
-    except (OSError, EOFError, ValueError, LookupError, TypeError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, BadZipFile, csv.Error) as error:
         raise InputError(
             f"{path}: not {layout} ({type(error).__name__}: {error}); correct it, download it again, or name another"
         ) from None
@@ -99,6 +99,8 @@ def read_medmnist(path: Path) -> Samples:
                 raise ValueError(
                     f"{split}_labels is {labels.shape} for {len(images)} images; multi-label sets do not fit"
                 )
+            if images.dtype != np.uint8:
+                raise ValueError(f"{split}_images is {images.dtype}, not uint8")
             for i, label in enumerate(labels.flat):
                 # padded, since class folders are sorted as text
                 yield str(path), f"{split}/{label:02}/{i:06}.png", Image.fromarray(images[i])
@@ -108,12 +110,27 @@ def read_csv(path: Path) -> Samples:
     """Read a CSV with columns path (relative to the CSV), label and, unless all images are for training, split."""
     # spreadsheets write a byte order mark
     with name_errors(path, "a CSV with columns path, label"), open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, restval="", skipinitialspace=True)
+        rows = csv.DictReader(file, restval="", skipinitialspace=True, strict=True)
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
         for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            # an unquoted comma, or a quote without its pair
+            if None in row or {"\n", "\r", "\0"}.intersection("".join(row.values())):
+                raise InputError(f"{where}: too many fields, or a line break within one; quote fields that hold commas")
             # files of several folders may share a name
             name = row["path"].replace("/", "_")
-            target = f"{row.get('split', 'train')}/{row['label']}/{name}"
-            yield f"{path}, line {rows.line_num}", target, path.parent / row["path"]
+            target = f"{row.get('split', 'train').strip()}/{row['label'].strip()}/{name}"
+            yield where, target, path.parent / row["path"]
+
+
+def check_targets(samples: Samples) -> Samples:
+    """Pass samples on; raise InputError for a file that is listed in two classes or two splits."""
+    targets = {}
+    for where, target, source in samples:
+        if isinstance(source, Path) and targets.setdefault(source.resolve(), target) != target:
+            before = targets[source.resolve()]
+            raise InputError(f"{where}: {source} for {target}, and listed for {before} before; correct the list")
+        yield where, target, source
 
 
 def lay_out(samples: Samples, out: Path) -> None:
@@ -174,7 +191,7 @@ def run(argv: list[str]) -> None:
 
     # DomainNet's reader takes the set's name too
     names = [args.set] if "set" in args else []
-    lay_out(READERS[args.data_set](args.source, *names), out)
+    lay_out(check_targets(READERS[args.data_set](args.source, *names)), out)
     found = tuple(len(list(out.glob(pattern))) for pattern in ("train/*/*", "val/*/*", "train/*"))
     counts = "{} training and {} validation images of {} classes"
     print(f"{out}: {counts.format(*found)}")

@@ -306,11 +306,17 @@ if [[ $recipe == small ]]; then
     # the median short side, of images from all parts of the folder
     side=$(PYTHONPATH=$here python -c "if True:
         import sys
+        from contextlib import suppress
         from statistics import median
         from PIL import Image
         from data.images import find_images
         files = find_images(sys.argv[1])
-        print(round(median(min(Image.open(file).size) for file in files[:: len(files) // 200 + 1])))
+        sides = []
+        for file in files[:: len(files) // 200 + 1]:
+            # main.py names what it cannot read
+            with suppress(OSError):
+                sides.append(min(Image.open(file).size))
+        print(round(median(sides)))
         " "$DATA" 2>/dev/null) || stop "DATA=$DATA: no images in it that can be read; they belong in train/CLASS/ and val/CLASS/"
     pixels=224
     ((side > 112)) || pixels=64

@@ -47,12 +47,16 @@ def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> dict
             "--val-split; without a validation folder, hold images out with --val-fraction 0.1"
         )
     try:
-        classes, found = folder.find_classes(root)
+        classes, _ = folder.find_classes(root)
     except FileNotFoundError:
         # often a flat val/, as ImageNet's archive and Tiny-ImageNet have it
         raise InputError(f"{root}: no class folders in it; move the images to {root.name}/CLASS/") from None
+    # such as .ipynb_checkpoints
+    classes = [name for name in classes if not name.startswith(".")]
     if class_to_idx is None:
-        return found
+        if len(classes) < 2:
+            raise InputError(f"{root}: fewer than two class folders ({', '.join(classes)}); add them, just below it")
+        return {name: i for i, name in enumerate(classes)}
     for name in classes:
         if name not in class_to_idx:
             # no model can predict this class: all its images would count as errors
@@ -99,10 +103,12 @@ def find_images(source: str | Path) -> list[str]:
     path = Path(source)
     if path.is_file():
         return [str(path)]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not files:
+    # with the folders that are links, as in training
+    files = [Path(root, name) for root, _, names in os.walk(path, followlinks=True) for name in names]
+    images = sorted(file for file in files if file.suffix.lower() in EXTENSIONS and file.is_file())
+    if not images:
         raise InputError(f"{path}: no such file, or no images in it ({', '.join(EXTENSIONS)})")
-    return [str(file) for file in files]
+    return [str(file) for file in images]
 
 
 @contextmanager
@@ -114,7 +120,8 @@ def _name_errors(name: str) -> Iterator[None]:
             yield
     except FileNotFoundError:
         raise InputError(f"{name}: no such file, but it was listed at start-up; put it back") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # Pillow raises TypeError for some damaged TIFFs
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         # without the address of the stream that Pillow was reading
         reason = str(error).partition(" <")[0]
         raise InputError(f"{name}: not a readable image ({reason}); replace or remove it") from None
@@ -130,6 +137,9 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
     """Return an image as RGB, decoded by Pillow; raises InputError with its `name`."""
     with _name_errors(name):
         image = Image.open(BytesIO(data), formats=PIL_FORMATS)
+        # their range is not known, and Pillow would clip it
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("32 bits per pixel, where 8 and 16 can be read")
         # 16-bit grey: Pillow would clip all values above 255
         if image.mode.startswith("I"):
             image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5)

@@ -163,6 +163,11 @@ def choose_images(dataset: Dataset, data: DataConfig, held_out: bool) -> Dataset
 
     # Then hold out a part of what is left
     if data.holds_out:
+        if data.split_images not in (None, len(targets)):
+            raise InputError(
+                f"the training split has {len(targets)} images, and had {data.split_images} when the checkpoint was "
+                "trained, so training and held-out images would mix: restore them, or evaluate with --split test"
+            )
         rest = targets[chosen]
         flag, size = ("--folds", data.folds) if data.folds else ("--val-fraction", data.val_fraction)
         check_counts(rest, dataset.classes, flag, size)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import main
 from util import options
@@ -159,6 +161,21 @@ def flatten_val() -> None:
         Path("data/val", name).rmdir()
 
 
+def write_tiffs(kind: type) -> Callable[[], None]:
+    """Return a preparation that leaves TIFFs alone, of numbers whose range Pillow does not know."""
+
+    def prepare() -> None:
+        for path in list(Path("data/train").rglob("*.*")):
+            path.unlink()
+            Image.fromarray(np.ones((32, 32), kind)).save(path.with_suffix(".tif"))
+
+    return prepare
+
+
+def remove_bees() -> None:
+    shutil.rmtree("data/train/bee")
+
+
 def only_text() -> None:
     for path in Path("data/train/bee").iterdir():
         path.rename(path.with_suffix(".txt"))
@@ -270,6 +287,9 @@ ROWS = {
     "no data": Row(f"{FOLDER} --data-path nowhere", "nowhere/train", "--data-path"),
     "flat val": Row(FOLDER, "data/val", "val/CLASS/", flatten_val),
     "class only in val": Row(FOLDER, "data/val/cat", "remove", lambda: Path("data/val/bee").rename("data/val/cat")),
+    "one class": Row(FOLDER, "data/train: fewer than two class folders (ant)", "add", remove_bees),
+    "32 bits per pixel": Row(FOLDER, "data/train", "replace or remove it", write_tiffs(np.int32), out=""),
+    "floating point": Row(FOLDER, "data/train", "replace or remove it", write_tiffs(np.float32), out=""),
     "no images": Row(FOLDER, "data/train/bee", ".jpg", only_text),
     "too few classes": Row(f"{FOLDER} --nb-classes 1", "--nb-classes 1", "leave it out"),
     "large batch": Row("--batch-size 2000", "--batch-size 2000", "lower it"),

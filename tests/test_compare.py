@@ -115,6 +115,16 @@ def test_seeds_are_one_line_with_mean_and_deviation_and_other_flags_are_lines(wr
     assert Image.open(out / "compare.png").format == "PNG"
 
 
+def test_runs_on_other_numbers_of_classes_are_no_seeds_of_each_other(write, tmp_path, capsys):
+    for name, parameters in (("two", 2_000_000), ("ten", 2_000_264)):
+        path = write(name, {}, [50.0], [1.0]) / "args.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"n_parameters": parameters}))
+    # sizes are no numbers to draw by
+    words = [str(tmp_path), "--x", "input_size", "--out", str(tmp_path / "out")]
+    assert compare.main(words) == 0
+    assert [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["1", "1"]
+
+
 def test_an_unfinished_seed_and_a_missing_epoch_spoil_no_mean(write, tmp_path, capsys):
     done = [write(f"seed{seed}", {}, [10.0, 20.0, 30.0 + seed], [1.0] * 3, seed=seed) for seed in (0, 2)]
     begun = write("seed1", {}, [90.0], [1.0], seed=1)

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, default_collate
 from torchvision.transforms import InterpolationMode
 
 import datasets
-from data.images import ImageFiles
+from data.images import ImageFiles, find_images
 from data.sampler import EpochSampler, SeededDataset
 from util import distributed
 from util.config import AugmentConfig, DataConfig, ModelConfig
@@ -97,6 +97,28 @@ def test_the_training_set_numbers_the_classes_and_the_checkpoint_does_without_it
     assert val_numbers(root, ["cat", "ant", "bee"]) == (["cat", "ant", "bee"], {"cat": 0, "ant": 1})
     with pytest.raises(InputError, match=r"val/cat: .*ant, bee"):
         val_numbers(root, ["ant", "bee"])
+
+
+def test_hidden_folders_are_no_classes(tree):
+    root = tree(("ant", "bee"), count=1)
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "ant", root / split / ".ipynb_checkpoints")
+    assert val_numbers(root) == (["ant", "bee"], {"ant": 0, "bee": 1})
+
+
+def test_images_are_found_behind_links_as_in_training(tree, tmp_path):
+    root = tree(count=1)
+    (tmp_path / "linked").symlink_to(root / "train")
+    assert find_images(tmp_path) == [str(tmp_path / "linked" / name / "0.jpg") for name in ("ant", "bee")]
+
+
+def test_a_type_error_of_pillow_names_the_image(tree, monkeypatch):
+    """Some damaged TIFFs are TypeErrors."""
+    root = tree(count=1)
+    val = datasets.build_val_set(DataConfig("FOLDER", str(root), transform="timm"), CONFIG)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: [] + 1)
+    with pytest.raises(InputError, match=f"^{root}/val/ant/0.jpg: not a readable image"):
+        val[0]
 
 
 def test_ignored_files_are_counted_in_a_line(tree, capsys):

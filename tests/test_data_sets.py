@@ -13,13 +13,13 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 import datasets
 import main
 from data import inaturalist
-from util import distributed
 from util.config import TORCHVISION_SETS, AugmentConfig, DataConfig, ModelConfig
 from util.errors import InputError
 
@@ -126,16 +126,17 @@ def test_the_others_wait_until_rank_0_has_downloaded(monkeypatch, far, tmp_path)
     root = tmp_path / "here"
     waited = []
 
-    def finish_rank_0(value: object) -> None:
+    def finish_rank_0(_: object) -> None:
         waited.append(root.exists())
         with monkeypatch.context() as patch:
-            patch.setattr(distributed, "is_primary", lambda: True)
-            patch.setattr(distributed, "broadcast_object", lambda value: value)
+            patch.setattr(dist, "is_initialized", lambda: False)
             load_ten(root)
 
-    monkeypatch.setattr(distributed, "is_primary", lambda: False)
-    # the broadcast returns when rank 0 is done
-    monkeypatch.setattr(distributed, "broadcast_object", finish_rank_0)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    # it returns when rank 0 is done
+    monkeypatch.setattr(dist, "barrier", finish_rank_0)
     assert load_ten(root) == 40 and waited == [False]
 
 

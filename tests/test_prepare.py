@@ -237,6 +237,12 @@ def test_grey_images_of_an_npz_stay_grey(tmp_path):
     assert Counter(walk(tmp_path / "out")) == Counter(read_medmnist(source))
 
 
+def test_spaces_and_capitals_in_a_csv_change_nothing(tmp_path):
+    source = write_csv(tmp_path, "Path ,LABEL, Split \npatient1/1.png,cat ,train \npatient2/1.png,cat,val\n")
+    assert lay_out("csv", source, tmp_path / "out") == 0
+    assert sorted((split, name) for split, name, _ in walk(tmp_path / "out")) == [("train", "cat"), ("val", "cat")]
+
+
 def test_without_a_column_split_all_images_are_for_training(tmp_path):
     source = write_csv(tmp_path, "label,path\ncat,patient1/1.png\ndog,patient2/1.png\n")
     assert lay_out("csv", source, tmp_path / "out") == 0
@@ -325,6 +331,13 @@ FAULTS: dict[str, tuple] = {
     "class name above": ("csv", replace("", "cat", ".."), "images.csv, line 2", "SPLIT/CLASS/FILE"),
     "split of a path": ("csv", replace("", "train", "a/b"), "images.csv, line 2", "SPLIT/CLASS/FILE"),
     "no split train": ("csv", lambda source: source.write_text(ROWS.replace("train", "learn")), "train"),
+    "unquoted comma": ("csv", replace("", "1.png, cat", "1.png, cat, wild"), "images.csv, line 2", "quote fields"),
+    "one quote": ("csv", replace("", "cat", '"cat'), "images.csv", "path, label"),
+    "line break": ("csv", replace("", "cat", '"c\nat"'), "images.csv, line 3", "line break"),
+    "null byte": ("csv", replace("", "cat", "c\0at"), "images.csv, line 2", "quote fields"),
+    "two labels": ("csv", replace("", "patient3/3.png", "patient1/1.png"), "line 6", "train/cat/patient1_1.png"),
+    "two splits": ("csv", replace("", "patient1/2.png", "patient1/1.png"), "line 7", "train/cat/patient1_1.png"),
+    "floats": ("medmnist", arrays(val_images=make_pixels(2, 28, 28) / 255), "val_images", "not uint8"),
     "one name twice": ("csv", list_another_file, "images.csv, line", "patient2_1.png", "rename"),
 }
 

@@ -221,6 +221,10 @@ def test_the_size_of_small_folders_is_that_of_the_median_image(call, tmp_path):
     for i, side in enumerate((20, 64, 300)):
         Image.new("P", (side, side + 100 * i)).save(folder / "train" / "ant" / f"{i}.png", transparency=b"\x80")
     (folder / "train" / "ant" / "notes.txt").touch()
+    # main.py names what cannot be read, and follows links
+    (folder / "train" / "ant" / "damaged.png").touch()
+    (folder / "train").rename(tmp_path / "elsewhere")
+    (folder / "train").symlink_to(tmp_path / "elsewhere")
     status, words, _ = call("run_code.sh", "small", **env)
     assert status == 0 and words[words.index("--input-size") + 1] == "64"
 

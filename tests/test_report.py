@@ -197,8 +197,13 @@ def test_names_of_files_need_not_be_utf_8(plain, tmp_path, capfd):
     root = shutil.copytree(plain.root, tmp_path / "data")
     image = next((root / "val" / CLASSES[0]).iterdir())
     os.rename(image, os.fsencode(image.parent) + b"/caf\xe9.bmp")
+    for split in ("train", "val"):
+        os.rename(root / split / CLASSES[0], os.fsencode(root / split) + b"/caf\xe9")
     report_folder = tmp_path / "report"
-    assert main.main([*plain.flags, "--data-path", str(root), "--report", str(report_folder)]) == 0
+    flags = [*plain.flags, "--data-path", str(root)]
+    assert main.main([*flags, "--report", str(report_folder)]) == 0
+    flags.remove("--eval")
+    assert main.main([*flags, "--visualize", "attention", "--output_dir", str(tmp_path)]) == 0
     assert b"caf\xe9.bmp" in (report_folder / "predictions.csv").read_bytes()
 
     table = tmp_path / "table.csv"

@@ -196,6 +196,14 @@ def test_evaluation_reproduces_the_hold_outs_accuracy_and_split_test_evaluates_t
     out, files = evaluate(command.removesuffix(" --split test"))
     assert f"Acc@1 {line['test_acc1']:.3f}" in out and f"loss {line['test_loss']:.3f}" in out
     assert files == set(val) and "0.2 of the training split" in out
+    # another image would shift the others
+    new = data / "train" / "ant" / "new.png"
+    shutil.copy(data / "train" / "ant" / "0.png", new)
+    for words in (command.removesuffix(" --split test"), f"{' '.join(flags)} --resume auto --epochs 2"):
+        assert main.main(f"{words} --device cpu --num_workers 0".split()) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1 and "has 46 images, and had 45" in error and "--split test" in error
+    new.unlink()
     # only now is there a test set
     shutil.copytree(data / "train" / "bee", data / "val" / "bee")
     out, files = evaluate(command)
@@ -210,7 +218,7 @@ def test_a_database_trains_and_evaluates_on_a_fold(root, tmp_path, capfd):
     evaluate = f"--eval --resume {tmp_path}/checkpoint.pth --device cpu --num_workers 0"
     assert main.main(evaluate.split()) == 0
     out = capfd.readouterr().out
-    assert f"loss {loss:.3f}" in out and "fold 1 of 3" in out and "on 15 images" in out
+    assert f"loss {loss:.3f}" in out and "fold 1 of 3" in out and "on the 15 test images" in out
 
 
 def test_torchvision_opens_the_training_split_alone_until_split_test(tmp_path, monkeypatch):

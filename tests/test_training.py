@@ -379,7 +379,7 @@ def test_what_a_run_prints_and_that_its_last_line_evaluates_it(quick_flags, tmp_
     out = tmp_path / "out"
     assert main.main([*quick_flags, "--lr", "1e-2", "--eval-freq", "3", "--output_dir", str(out)]) == 0
     text = capsys.readouterr().out
-    for part in ("48 distinct images", "on 48 images: ", "effective batch size 8 ", "EMA: Acc@1 "):
+    for part in ("48 distinct images", "on the 48 test images: ", "effective batch size 8 ", "EMA: Acc@1 "):
         assert part in text, part
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert ["test_acc1" in line for line in lines] == [False, True]  # --eval-freq 3, and the last epoch always

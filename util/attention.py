@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from util.config import ModelConfig
+from util.errors import printable
 
 
 class TokenLayout(NamedTuple):
@@ -100,7 +101,7 @@ def view_images(
         predicted = names.get(int(best), f"{best}")
         text = f"{'' if label is None else f'label {label}, '}prediction {predicted} ({probability:.0%}), {source}"
         color = "black" if label in (None, predicted) else "red"
-        yield View(text, color, pixels, layout, record)
+        yield View(printable(text), color, pixels, layout, record)
 
 
 def head_token_rows(weights: np.ndarray, layout: TokenLayout) -> np.ndarray:

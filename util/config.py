@@ -165,6 +165,8 @@ class DataConfig:
     folds: int = 0
     fold: int = 0
     split_seed: int = 0
+    # number of images in the training split that was split
+    split_images: int | None = None
 
     @property
     def holds_out(self) -> bool:

@@ -150,6 +150,8 @@ def data_config(
     if "fold" in args.given and data.fold >= data.folds:
         raise InputError(f"--fold {data.fold} must be below --folds, which is {data.folds}: change one of them")
     check_split(saved or resumed or data, data)
+    if resumed is not None:
+        data = replace(data, split_images=resumed.split_images)
     return replace(data, val_fraction=0.0, folds=0) if args.split == "test" else data
 
 

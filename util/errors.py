@@ -1,4 +1,4 @@
-"""The ways in which a run ends early with one line instead of a traceback."""
+"""The ways in which a run ends early with one line instead of a traceback, and text for such lines."""
 
 
 class InputError(Exception):
@@ -17,3 +17,8 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(":. ")
+
+
+def printable(name: str) -> str:
+    """Return a name with ? for what is not UTF-8, which terminals and matplotlib refuse."""
+    return name.encode(errors="replace").decode()

@@ -17,6 +17,7 @@ from util.attention import undo_normalization
 from util.checkpoint import TrainState, explain_write_errors, open_atomic
 from util.config import ModelConfig
 from util.distributed import print0
+from util.errors import printable
 
 
 def write_report(
@@ -52,7 +53,7 @@ def write_report(
     write_csv(folder / "predictions.csv", header, files, labels, predictions, *probabilities.astype(np.float32).T)
 
     # Pictures
-    draw_confusion(confusion, classes).savefig(folder / "confusion.png", dpi=200)
+    draw_confusion(confusion, list(map(printable, classes))).savefig(folder / "confusion.png", dpi=200)
     confidence = probabilities.max(axis=1)
     order = np.argsort(-confidence, kind="stable")
     worst = order[predicted[order] != targets[order]][:32].tolist()
@@ -75,7 +76,7 @@ def draw_images(images: Iterable[Tensor], texts: Iterable[str], config: ModelCon
         axes = figure.add_subplot(4, 8, place)
         axes.imshow(undo_normalization(image, config))
         # names may hold a dollar sign, and what is not UTF-8
-        axes.set_title(text.encode(errors="replace").decode(), fontsize=7, parse_math=False)
+        axes.set_title(printable(text), fontsize=7, parse_math=False)
         axes.set_axis_off()
     return figure
 
