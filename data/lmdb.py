@@ -83,15 +83,17 @@ class ImageDatabase:
     labels = None
     paths = None
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, header: bytes | None = None) -> None:
         self.path = os.path.realpath(path)
         if not os.path.exists(path):
             raise self._error("no such file")
         try:
             self._open_environment()
-            header = self._get(HEADER)
-            if header is not None:
-                self._open_table(json.loads(header))
+            self._header = self._get(HEADER)
+            if header not in (None, self._header):
+                raise InputError(f"{self.path}: replaced since it was opened; start the run again")
+            if self._header is not None:
+                self._open_table(json.loads(self._header))
             else:
                 self._length = self._decode_published(b"__len__")
                 # The records are in the order of the classes, so the last one has the largest label.
@@ -104,7 +106,8 @@ class ImageDatabase:
             raise self._error(f"not an image database, or damaged ({type(error).__name__}: {error})") from None
 
     def __reduce__(self):
-        return ImageDatabase, (self.path,)
+        # the header has the table's checksum: whoever holds labels of this file must not get images of another
+        return ImageDatabase, (self.path, self._header)
 
     def __len__(self) -> int:
         return self._length

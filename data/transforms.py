@@ -169,6 +169,9 @@ class FastTransform:
 def resized_crop(pixels: Tensor, step: RandomResizedCropAndInterpolation) -> Tensor:
     """Do timm's random resized crop on uint8 [3, H, W] -> [3, *step.size]."""
     i, j, h, w = step.get_params(pixels, step.scale, step.ratio)
+    # in an image of few pixels timm may draw an empty box
+    i, h = min(i, pixels.shape[1] - 1), max(h, 1)
+    j, w = min(j, pixels.shape[2] - 1), max(w, 1)
     mode = step.interpolation
     if isinstance(mode, tuple):
         mode = random.choice(mode)

@@ -140,9 +140,15 @@ def test_reading_writes_nothing_and_needs_no_right_to(path):
 def test_a_database_that_was_replaced_is_read_anew(path, tmp_path):
     old = ImageDatabase(path)
     first = old[0]
+    pickled = pickle.dumps(old)
     os.replace(shutil.copy(PUBLISHED, tmp_path / "new"), path)
     assert len(ImageDatabase(path)) == 40
     assert len(old) == 16 and old[0] == first
+    # labels in the parent and images in a worker must be of one file
+    write_database(tmp_path / "other", 16)
+    os.replace(tmp_path / "other", path)
+    with pytest.raises(InputError, match=f"{path}: replaced"):
+        pickle.loads(pickled)
 
 
 # in other processes

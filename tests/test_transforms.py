@@ -291,6 +291,17 @@ def test_without_a_policy_pixels_are_timms_within_a_level_or_two(size, interpola
         assert difference.mean() < 0.05 and difference.max() <= 2
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (26, 1)], ids=str)
+def test_images_of_few_pixels_are_enlarged(size):
+    """timm's boxes may be empty, and beyond the last pixel."""
+    pixels = np.full((*size, 3), 200, np.uint8)
+    transform = FastTransform(build(True, 32, 48, scale=(0.01, 1.0), **PLAIN))
+    for seed in range(50):
+        seed_everything(seed)
+        image = transform(pixels)
+        assert image.shape == (3, 32, 48) and (image == 200).all()
+
+
 @pytest.mark.parametrize("aa", ["none", "rand-m9-mstd0.5-inc1"])
 def test_arrays_in_native_size_are_augmented_exactly_as_by_timm(aa):
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)

@@ -43,7 +43,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, sched: str, **kwargs) -> S
     try:
         scheduler, _ = create_scheduler_v2(optimizer, sched, **kwargs)
     except ValueError as error:
-        raise InputError(f"--sched {sched}: {first_line(error)}; change --decay-epochs or --epochs") from None
+        raise InputError(
+            f"--sched {sched}: {first_line(error)}; change --decay-epochs, --warmup-epochs or --epochs"
+        ) from None
     return scheduler
 
 

@@ -309,7 +309,7 @@ def check_training(args: argparse.Namespace) -> None:
         raise InputError(f"--mixup-off-epoch {args.mixup_off_epoch}: mixup and cutmix are off; leave it out")
     if args.model_ema_warmup and not args.model_ema:
         raise InputError("--model-ema-warmup is for the EMA, which --no-model-ema leaves out: give one")
-    if not args.resume and args.start_epoch >= args.epochs:
+    if args.resume in ("", "auto") and args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch} must be below --epochs {args.epochs}")
 
 
