@@ -10,7 +10,7 @@ from util.checkpoint import FLAGS_WITHOUT_EFFECT
 from util.command import AUTO_FLAGS, to_words
 from util.config import DataConfig
 from util.keep_rate import at_lowest_keep_rate
-from util.log import RunLog, count_parameters
+from util.log import count_parameters
 
 # data sets that have a page on the hub
 HUB_NAMES = {
@@ -59,7 +59,7 @@ The flags that differ from the defaults of a training repository for [DHVT](http
 ## Use
 
 ```python
-import models  # from that repository; not needed for timm's own models
+import models  # from that repository, or the file that registers the model; not needed for timm's own models
 import timm
 
 model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
@@ -117,12 +117,11 @@ def describe_accuracy(lines: list[dict], epoch: int | None) -> str:
     return "\n".join(rows) or "| not known | | | |"
 
 
-def write_card(trained: TrainedModel, path: Path, use_ema: bool, repository: str) -> None:
-    """Write the card of a checkpoint's raw or EMA weights, with the accuracies of log.txt beside it.
+def write_card(trained: TrainedModel, epochs: list[dict], path: Path, use_ema: bool, repository: str) -> None:
+    """Write the card of a checkpoint's raw or EMA weights, with the accuracies of `epochs`, the lines of a log.txt.
 
     `repository` is USER/NAME on the hub.
     """
-    source = Path(trained.source)
     data = trained.data or DataConfig("not known")
     flags = trained.flags
     card = CARD.format(
@@ -133,9 +132,9 @@ def write_card(trained: TrainedModel, path: Path, use_ema: bool, repository: str
         parameters=count_parameters(trained.model),
         data=as_code(data.name),
         weights="EMA" if use_ema else "raw",
-        file=as_code(source.name),
+        file=as_code(Path(trained.source).name),
         validation=data.describe_validation() if trained.data else "not known",
-        accuracy=describe_accuracy(RunLog(source.parent).read(), trained.epoch),
+        accuracy=describe_accuracy(epochs, trained.epoch),
         recipe=describe_recipe(flags),
         repository=repository,
     )

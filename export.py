@@ -26,6 +26,7 @@ from card import write_card
 from models.build import TrainedModel, load_trained
 from util.command import REQUIRED, Parser, add_flags, add_model_flags, run_command
 from util.errors import InputError, first_line
+from util.log import RunLog
 from util.options import model_overrides
 
 FLAGS = (
@@ -137,7 +138,10 @@ def run(argv: list[str]) -> None:
         # nothing but an exported model, or an empty folder, is replaced
         if any(out.iterdir()) and not (out / "config.json").is_file():
             raise InputError(f"--out {out}: holds something other than an exported model; name another folder")
-    trained = load_trained(args.checkpoint, use_ema=args.use_ema, **model_overrides(args))
+    overrides = model_overrides(args)
+    trained = load_trained(args.checkpoint, use_ema=args.use_ema, **overrides)
+    # of another input size or keep rate, the accuracy would be another one
+    epochs = [] if overrides else RunLog(Path(trained.source).parent).read()
 
     # write to a temporary folder beside --out, and rename it once it is complete
     try:
@@ -145,7 +149,7 @@ def run(argv: list[str]) -> None:
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
             folder = Path(temporary, "new")
             write_safetensors(trained, folder)
-            write_card(trained, folder / "README.md", args.use_ema, args.push or "USER/NAME")
+            write_card(trained, epochs, folder / "README.md", args.use_ema, args.push or "USER/NAME")
             if args.onnx:
                 write_onnx(trained, folder / "model.onnx")
             if out.exists():
@@ -157,9 +161,8 @@ def run(argv: list[str]) -> None:
 
     for path in sorted(out.iterdir()):
         print(f"{path}  {path.stat().st_size:,} bytes")
-    print(
-        f'load it with timm.create_model("local-dir:{out}", pretrained=True) after `import models` of this repository'
-    )
+    registers = getattr(args, "import") or "this repository's models"
+    print(f'load it with timm.create_model("local-dir:{out}", pretrained=True) after importing {registers}')
     if args.push:
         push(out, args.push)
 

@@ -54,6 +54,10 @@ class CifarResNetV2(ResNetV2):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         keep_resolution(self, "stem.conv", "stem.pool")
+        # as in CifarResNet
+        if len(self.stages) < 4:
+            self.stages.append(nn.Sequential())
+            self.feature_info.append({**self.feature_info[-1], "module": "stages.3"})
 
 
 class PaddedBlock(BasicBlock):

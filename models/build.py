@@ -67,9 +67,7 @@ def build_model(config: ModelConfig, flag: str = "--model", grad_checkpointing: 
             model = timm.create_model(config.name, **kwargs)
         if not hasattr(model, "pretrained_cfg"):
             raise ValueError("it has no pretrained_cfg; build it with timm's build_model_with_cfg")
-        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or config.input_size
-        if min(grid) < 1:
-            raise ValueError("smaller than a patch; give a larger --input-size")
+        check_size(model, config.input_size)
         if grad_checkpointing:
             model.set_grad_checkpointing()
     except Exception as error:  # of any kind: models raise what they like on wrong arguments
@@ -83,6 +81,19 @@ def build_model(config: ModelConfig, flag: str = "--model", grad_checkpointing: 
             f"{first_line(error)}; change --input-size, --model-kwargs, --drop, --drop-path or --grad-checkpointing"
         ) from None
     return model
+
+
+def check_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Raise ValueError for images of a size (height, width) that a model's patches cannot cover."""
+    embed = getattr(model, "patch_embed", None)
+    grid = getattr(embed, "grid_size", None) or size
+    if min(grid) < 1:
+        raise ValueError("smaller than a patch; give a larger --input-size")
+    # with dynamic_img_size, as in EViT, timm notices in the forward pass only
+    if getattr(embed, "strict_img_size", True) or getattr(embed, "dynamic_img_pad", True):
+        return
+    if any(side % patch for side, patch in zip(size, embed.patch_size, strict=True)):
+        raise ValueError(f"height and width must be multiples of the patch size, {describe_size(embed.patch_size)}")
 
 
 def count_classes(name: str, weights: Mapping[str, Tensor]) -> int | None:

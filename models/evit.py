@@ -256,9 +256,11 @@ class EViT(VisionTransformer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
+        attn_mask: None = None,
         keep_rate: float | None = None,
     ) -> list | tuple | dict:
         """As timm's, with whole grids: kept tokens at their patches' places, zeros where a patch was dropped."""
+        assert attn_mask is None, "tokens are selected by unmasked attention"
         assert output_fmt in ("NCHW", "NLC"), f"output_fmt {output_fmt} must be NCHW or NLC"
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         H, W = self.patch_embed.dynamic_feat_size(x.shape[2:])

@@ -246,6 +246,7 @@ ROWS = {
     "ablation without its part": Row("--model-kwargs daff=false shortcut=false", "shortcut=False", "daff=True"),
     "no such ablation": Row("--model-kwargs aggregate=patches", "aggregate=patches", "cls or all or none"),
     "size below a patch": Row("--model vit_tiny_patch16_224 --input-size 8 --model-kwargs", "8x8", "larger"),
+    "no whole patches": Row(f"{EVIT} --input-size 30 --drop_loc 0", "30x30", "8x8"),
     "no checkpointing": Row(
         "--model pit_ti_224 --model-kwargs --input-size 64 --grad-checkpointing", "pit", "--grad-checkpointing"
     ),

@@ -219,6 +219,13 @@ def test_a_tiny_one_trains_and_is_evaluated(name, tree, tmp_path, capsys):
     assert trained.model(torch.zeros(1, 3, 32, 40)).shape == (1, 2)
 
 
+@all_baselines
+def test_the_last_intermediate_is_the_last_feature_map(name):
+    model = timm.create_model(name, **TINY[name])
+    (last,) = model.forward_intermediates(torch.zeros(2, 3, 32, 32), 1, intermediates_only=True)
+    assert last.shape[2:] == (LAST_SIDE[name], LAST_SIDE[name])
+
+
 # the size of the images
 
 

@@ -108,6 +108,12 @@ def test_accuracies_are_the_logs(rates, ema, tiny_run, tmp_path):
     assert "- Weights: EMA, of `checkpoint.pth`\n" in text and "fold 2 of 5 of the training split" in text
 
 
+def test_the_accuracy_of_another_model_than_the_runs_is_not_known(tiny_run, tmp_path):
+    assert run_export(tiny_run / "checkpoint.pth", tmp_path / "out", "--input-size", "16") == 0
+    text = read_card(tmp_path / "out")[1]
+    assert "(16, 16)" in text and "| not known |" in text and "| raw |" not in text
+
+
 def test_what_is_not_known_is_left_out(tiny_run, tmp_path):
     """Of weights alone, of a model of timm's; of an exported folder; of a checkpoint within an epoch."""
     model = timm.create_model("resnet10t", num_classes=3)

@@ -342,6 +342,8 @@ def test_intermediate_tokens_come_in_every_format_and_without_the_later_blocks()
     for prefix, i in zip(found["image_intermediates_prefix"], (1, 4), strict=True):
         assert torch.equal(prefix, model.norm(pairs[i][1]))
 
+    (last,) = model.get_intermediate_layers(x, 1, reshape=True)
+    assert torch.equal(last, maps[-1])
     model.blocks[4].forward = None  # to call it is an error
     early = model.forward_intermediates(x, indices=[1, 3], stop_early=True, intermediates_only=True)
     assert torch.equal(early[0], maps[1]) and torch.equal(early[1], maps[3])

@@ -439,6 +439,16 @@ def test_a_model_with_nothing_to_show_is_refused_before_anything_is_written(kind
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_evit_in_which_no_block_drops_tokens_shows_its_attention(tmp_path):
+    model = timm.create_model("deit_tiny_patch16_shrink_base", **SMALL, drop_loc=())
+    assert write("distance", model, tmp_path / "new", photographs(1))
+
+
+def test_attention_pooling_is_not_counted_among_the_blocks(tmp_path):
+    model = timm.create_model("vit_base_patch16_siglip_224", **SMALL, img_size=(96, 64))
+    assert write("distance", model, tmp_path / "new", photographs(1))
+
+
 @pytest.mark.parametrize(("kind", "block"), [("matrix", 3), ("matrix", 0), ("mask", 1)])
 def test_blocks_that_are_not_there_are_refused(kind, block, tmp_path):
     model = small_evit() if kind == "mask" else small_dhvt()

@@ -91,8 +91,9 @@ def check_model(kind: str, model: nn.Module) -> None:
                 "use --visualize attention"
             )
         return
-    layers = [module for module in model.modules() if hasattr(module, "fused_attn")]
-    if not isinstance(model, VisionTransformer) or len(layers) != len(model.blocks):
+    blocks = getattr(model, "blocks", nn.Sequential())
+    layers = [module for module in blocks.modules() if hasattr(module, "fused_attn")]
+    if not isinstance(model, VisionTransformer) or len(layers) != len(blocks):
         raise InputError(f"{name} has no attention to show: --visualize is for DHVT, DeiT, EViT and timm's ViT")
     if kind in ("attention", "rollout") and model.cls_token is None:
         raise InputError(f"{name} has no class token: use --visualize matrix or --visualize distance")
@@ -100,7 +101,7 @@ def check_model(kind: str, model: nn.Module) -> None:
     if kind == "head_tokens" and hasattr(model, "base_keep_rate"):
         raise InputError(NO_HEAD_TOKENS)
     # where tokens were dropped, there is no attention to all patches
-    if getattr(model, "base_keep_rate", 1) < 1:
+    if min(getattr(model, "keep_rates", [1])) < 1:
         raise InputError(
             f"{name} keeps only some tokens: add --base_keep_rate 1 to see its attention to all patches, "
             "or use --visualize mask"
