@@ -208,7 +208,7 @@ def draw_by(name: str, groups: Sequence[list[dict]], path: Path) -> None:
             label=model,
         )
     if as_shown is float:
-        # learning rates, fractions and sizes are chosen by factors
+        # learning rates and fractions are chosen by factors
         ticks = sorted(set(values))
         axes.set_xscale("log" if ticks[0] > 0 else "linear")
         axes.set_xticks(ticks, labels=[f"{x:g}" for x in ticks])

@@ -140,7 +140,7 @@ def run(argv: list[str]) -> None:
             raise InputError(f"--out {out}: holds something other than an exported model; name another folder")
     overrides = model_overrides(args)
     trained = load_trained(args.checkpoint, use_ema=args.use_ema, **overrides)
-    # of another input size or keep rate, the accuracy would be another one
+    # the accuracies in log.txt are those of the model as it was trained
     epochs = [] if overrides else RunLog(Path(trained.source).parent).read()
 
     # write to a temporary folder beside --out, and rename it once it is complete

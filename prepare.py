@@ -129,7 +129,7 @@ def check_targets(samples: Samples) -> Samples:
     for where, target, source in samples:
         if isinstance(source, Path) and targets.setdefault(source.resolve(), target) != target:
             before = targets[source.resolve()]
-            raise InputError(f"{where}: {source} for {target}, and listed for {before} before; correct the list")
+            raise InputError(f"{where}: {source} is listed as {target}, and before as {before}; correct the list")
         yield where, target, source
 
 

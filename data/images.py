@@ -39,7 +39,7 @@ def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> dict
     """Return the numbers of the classes of `root`/CLASS/ by name.
 
     A training set's `class_to_idx` is returned unchanged, after a check that it contains all classes found. Raises
-    InputError for a missing folder, one without class folders, and an unknown class.
+    InputError for a missing folder, fewer than two class folders, and an unknown class.
     """
     if not root.is_dir():
         raise InputError(
@@ -55,7 +55,7 @@ def find_classes(root: Path, class_to_idx: dict[str, int] | None = None) -> dict
     classes = [name for name in classes if not name.startswith(".")]
     if class_to_idx is None:
         if len(classes) < 2:
-            raise InputError(f"{root}: fewer than two class folders ({', '.join(classes)}); add them, just below it")
+            raise InputError(f"{root}: fewer than two class folders ({', '.join(classes)}); add {root.name}/CLASS/")
         return {name: i for i, name in enumerate(classes)}
     for name in classes:
         if name not in class_to_idx:
@@ -137,7 +137,7 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
     """Return an image as RGB, decoded by Pillow; raises InputError with its `name`."""
     with _name_errors(name):
         image = Image.open(BytesIO(data), formats=PIL_FORMATS)
-        # their range is not known, and Pillow would clip it
+        # the range of 32-bit pixels is not known, and Pillow would clip them
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
             raise ValueError("32 bits per pixel, where 8 and 16 can be read")
         # 16-bit grey: Pillow would clip all values above 255

@@ -70,7 +70,8 @@ class ImageDatabase:
     """The images of one database file, in today's format or the published one.
 
     Opening reads the table, some 30 bytes per image. Works in workers of any start method, pickled or copied.
-    Raises InputError, which names the file and the command that rebuilds it, if it is missing, cut, foreign or damaged.
+    Raises InputError, which names the file and the command that rebuilds it, if it is missing, cut, foreign or damaged,
+    or if its header is not `header`, that of the file when it was pickled.
 
     Attributes:
         classes: the class names, or numbers as strings where `has_class_names` is false.

@@ -82,6 +82,15 @@ def test_arguments_that_need_other_moments_start_the_state_anew(quick_run, quick
     assert "max_exp_avg_sq" in now[0] and now[0]["step"] == before[0]["step"]
 
 
+def test_the_order_of_an_optimizers_arguments_is_of_no_account(quick_flags, tmp_path):
+    words = ["amsgrad=true", "capturable=false"]
+    run(*quick_flags, "--epochs", "1", "--opt-kwargs", *words, "--output_dir", str(tmp_path))
+    first = torch.load(tmp_path / "checkpoint.pth")["optimizer"]["state"][0]["step"]
+    words.reverse()
+    run(*quick_flags, "--epochs", "2", "--opt-kwargs", *words, "--output_dir", str(tmp_path), "--resume", "auto")
+    assert torch.load(tmp_path / "checkpoint.pth")["optimizer"]["state"][0]["step"] == 2 * first
+
+
 def make_updates(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
     for _ in range(count):
         model.zero_grad()

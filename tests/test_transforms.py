@@ -291,12 +291,12 @@ def test_without_a_policy_pixels_are_timms_within_a_level_or_two(size, interpola
         assert difference.mean() < 0.05 and difference.max() <= 2
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 3), (26, 1)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 2)], ids=str)
 def test_images_of_few_pixels_are_enlarged(size):
     """timm's boxes may be empty, and beyond the last pixel."""
     pixels = np.full((*size, 3), 200, np.uint8)
     transform = FastTransform(build(True, 32, 48, scale=(0.01, 1.0), **PLAIN))
-    for seed in range(50):
+    for seed in range(200):
         seed_everything(seed)
         image = transform(pixels)
         assert image.shape == (3, 32, 48) and (image == 200).all()

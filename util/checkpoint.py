@@ -223,11 +223,12 @@ class TrainState:
             load_weights(self.ema.module, weights, source, remedy)
 
         # Optimizer state, which is of no use to another kind of optimizer, or to one with other moments
-        for name in ("opt", "opt_kwargs"):
-            now, before = self.args[name], flags.get(name, self.args[name])
-            if str(now).lower() != str(before).lower():
-                print0(f"{source}: --{name} was {before}; {self.args['opt']} starts without its state")
-                break
+        opt, opt_kwargs = self.args["opt"], self.args["opt_kwargs"]
+        now = {"opt": opt.lower(), "opt_kwargs": opt_kwargs}
+        before = {"opt": flags.get("opt", opt).lower(), "opt_kwargs": flags.get("opt_kwargs", opt_kwargs)}
+        changed = [name for name in now if now[name] != before[name]]
+        if changed:
+            print0(f"{source}: --{changed[0]} was {before[changed[0]]}; {opt} starts without its state")
         else:
             load_optimizer(self.optimizer, saved["optimizer"], source)
         if saved.get("scaler") and self.scaler.is_enabled():
