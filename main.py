@@ -58,7 +58,7 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
     # Data; the training set says which classes there are
     data = data_options.data_config(args, precision.device, resumed=build.read_data_config(saved))
     train_set = datasets.build_train_set(data, config, data_options.augment_config(args))
-    data = replace(data, split_images=len(train_set.dataset) if data.holds_out else None)
+    data = replace(data, split_images=len(getattr(train_set, "dataset", train_set)))
     val_set = datasets.build_val_set(data, config, train_set.classes)
     build.check_classes(resume, saved.get("classes"), train_set.classes)
     config = replace(config, num_classes=build.resolve_num_classes(args.nb_classes, train_set.classes))
