@@ -1,7 +1,7 @@
 """Compare runs: python compare.py RUN… [--out FOLDER].
 
 A RUN is an --output_dir of main.py, finished or not, or a folder of such folders. Runs with the same number of epochs
-and of classes that differ only in seed, fold or --data-path share a line, with mean ± standard deviation. A line is
+and of classes that differ only in seeds, fold or --data-path share a line, with mean ± standard deviation. A line is
 named by the flags that set it apart, or by its folder if they are too many. Test accuracy comes from a report in
 RUN/test (--eval --split test --report RUN/test).
 """

@@ -32,7 +32,7 @@
 #   PATCH=N       4, the default, or 2: patch size of cifar100 and deit-cifar100
 #   PAPER=1       batch size and learning rate as in the paper, where the published scripts differ from it
 #   SEEDS="0 1"   one run per seed, in OUT/seed0, OUT/seed1
-#   NGPU=N        number of processes; default: all GPUs, at most the recipe's 2 or 8, and a divisor of it. The batch
+#   NGPU=N        number of processes; default: all GPUs, at most the recipe's 1, 2 or 8, and a divisor of it. The batch
 #                 size per process stays the recipe's; with fewer processes gradients are accumulated so that the
 #                 effective batch size stays the same.
 set -euo pipefail

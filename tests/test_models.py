@@ -180,6 +180,11 @@ def test_macs_are_those_of_the_table(name):
     row = VARIANTS[name]
     gmacs = engine.count_macs(timm.create_model(name), (row.image, row.image))
     assert gmacs == pytest.approx(row.gmacs, rel=2e-3)
+    # what the commands print is what the pages say
+    root = Path(engine.__file__).parent
+    lines = (root / "docs" / "paper.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| `{name}` ")]
+    assert f"| {gmacs:.3f} |" in line and f"{gmacs:.3f}" in (root / "README.md").read_text()
     if name in GOLDEN:
         # not to the last digit: torchprofile counts the published code's scaling of q @ k, where this one scales q
         assert gmacs == pytest.approx(golden(name)["macs"] / 1e9, rel=2e-3)

@@ -196,7 +196,7 @@ MODEL_FLAGS = (
         "pixels, or height and width; default: the checkpoint's, else the model's",
     ),
     ("--nb-classes", positive_int, None, "number of classes; default: the checkpoint's, else the data's"),
-    ("--eval-crop-ratio", open_fraction, None, "share of the image that evaluation's center crop keeps"),
+    ("--eval-crop-ratio", open_fraction, None, "share of the image's side that evaluation's center crop keeps"),
     ("--mean", [fraction] * 3, None, "mean of the pixels in red, green and blue, from 0 to 1"),
     ("--std", [open_fraction] * 3, None, "standard deviation of the pixels in red, green and blue"),
     ("--base_keep_rate", open_fraction, None, "EViT: share of the tokens that blocks of --drop_loc keep"),
