@@ -8,7 +8,7 @@ import math
 import statistics
 import timeit
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -63,6 +63,9 @@ def train_one_epoch(
     batches = iter(loader)
     progress = EpochProgress(updates, f"Epoch {epoch}", first=state.update, seconds_before=state.seconds)
     pending = []  # losses that are still on the device
+    # gradient checkpointing repeats forward passes, which update running statistics
+    checkpointing = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
+    restored = list(model.buffers()) if checkpointing else []
 
     for update in range(state.update, updates):
         # seed every update, so that a resumed run draws the same random numbers
@@ -80,7 +83,7 @@ def train_one_epoch(
             if mixup is not None:
                 images, targets = mixup(images, targets)  # targets: B, classes
             last = i == count - 1
-            loss += backward(model, criterion, images, targets, precision, 1 / count, state.keep_rate, last)
+            loss += backward(model, criterion, images, targets, precision, 1 / count, state.keep_rate, last, restored)
         update_weights(model, state, clip_grad)
 
         # from here on the update can be saved
@@ -111,15 +114,22 @@ def backward(
     loss_weight: float,
     keep_rate: float | None,
     synchronize: bool,
+    restored: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Forward and backward pass of one of an update's batches; return its loss times `loss_weight`."""
+    """Forward and backward pass of one of an update's batches; return its loss times `loss_weight`.
+
+    `restored` are buffers that keep the values which the forward pass gave them.
+    """
     # the processes' gradients are averaged once per update, with its last batch
     averaging = nullcontext() if synchronize or not hasattr(model, "no_sync") else model.no_sync()
     with averaging:
         with precision.autocast():
             outputs = model(images) if keep_rate is None else model(images, keep_rate)
         loss = criterion(images, outputs, targets) * loss_weight
+        before = [buffer.clone() for buffer in restored]
         precision.scaler.scale(loss).backward()
+        for buffer, value in zip(restored, before, strict=True):
+            buffer.copy_(value)
     return loss.detach()
 
 

@@ -12,16 +12,14 @@ Shape comments: B images, N tokens (class token first), C channels, h heads, d =
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed, get_device_dtype, to_2tuple, trunc_normal_
-from timm.models import VisionTransformer, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, checkpoint_filter_fn
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, _assert, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -220,29 +218,6 @@ class DAFF(nn.Module):
         return torch.cat([cls, x.transpose(1, 2)], dim=1)  # B, 1+HW, C
 
 
-@contextmanager
-def restored_buffers(module: nn.Module) -> Iterator[None]:
-    """Restore a module's buffers at the end: recomputed activations must not update running statistics twice."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(module.buffers(), before, strict=True):
-            buffer.copy_(value)
-
-
-class DHVTBlock(Block):
-    """timm's block, with gradient checkpointing that updates the running statistics of batch norms once."""
-
-    grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.grad_checkpointing:
-            return super().forward(x)
-        # contexts of the forward pass and of its recomputation
-        return checkpoint(super().forward, x, context_fn=lambda: (nullcontext(), restored_buffers(self)))
-
-
 class DHVT(VisionTransformer):
     """SOPE, class token, blocks of HI-MHSA and DAFF; no position embedding. Arguments as timm's ViT.
 
@@ -275,7 +250,6 @@ class DHVT(VisionTransformer):
             reg_tokens=0,
             pos_embed=pos_embed,
             embed_layer=sope_layer if sope else PatchEmbed,
-            block_fn=DHVTBlock,
             attn_layer=HeadInteractedAttention if head_tokens else Attention,
             mlp_layer=daff_layer if daff else FFNS[ffn],
         )
@@ -286,10 +260,6 @@ class DHVT(VisionTransformer):
         super().set_input_size(*args, **kwargs)
         for block in self.blocks:
             block.mlp.grid_size = self.patch_embed.grid_size
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for block in self.blocks:
-            block.grad_checkpointing = enable
 
     def init_weights(self, *args, **kwargs) -> None:
         super().init_weights(*args, **kwargs)

@@ -249,7 +249,7 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--compile": ("", "", lambda s: s.compiled == [s.state.model, s.state.ema and s.state.ema.module], True),
     "--torchcompile-mode": ("max-autotune", COMPILE, "compile_modes", ["max-autotune"]),
     "--channels-last": ("", "", lambda s: s.kwargs.prepare(torch.zeros(2, 3, 8, 8)).stride(1), 1),
-    "--grad-checkpointing": ("", "", lambda s: s.state.model.blocks[0].grad_checkpointing, True),
+    "--grad-checkpointing": ("", "", lambda s: s.state.model.grad_checkpointing, True),
     # the model
     "--import": ("own.py", "", lambda s: (s.state.args["import"], timm.is_model("of_a_file")), ("own.py", True)),
     "--model": ("dhvt_tiny_cifar_patch2", "", "state.config.name", "dhvt_tiny_cifar_patch2"),

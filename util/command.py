@@ -319,8 +319,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         name = error.filename or "the output"
         return f"{name}: {error.strerror or lines[0]}; check path, permissions and free space, or name another", 2
-    if type(error).__module__.startswith("torch._dynamo"):
-        return f"--compile: {lines[0]}; leave it out", 2
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        # some optimizers compile themselves
+        return f"torch.compile: {lines[0]}; leave out --compile, or change --opt", 2
     if distributed.is_lost_connection(error):
         return "lost another process: see its own error, or it was silent for --dist-timeout seconds", 1
     if isinstance(error, torch.OutOfMemoryError):

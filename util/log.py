@@ -388,7 +388,7 @@ def print_best(state: TrainState) -> None:
     best = state.folder / "best_checkpoint.pth"
     # a run that was resumed in another folder may have had its best epoch before
     file = best if best.exists() else state.folder / "checkpoint.pth"
-    test = " --split test" if state.data.holds_out else ""
+    test = " (add --split test for the test split)" if state.data.holds_out else ""
     print0(f"{text}; evaluate it with: python main.py --eval --resume {shlex.quote(str(file))}{test}")
 
 
