@@ -71,7 +71,7 @@ def train_one_epoch(
         # seed every update, so that a resumed run draws the same random numbers
         distributed.seed_everything(seed, epoch, update)
         if keep_rate_schedule is not None:
-            state.keep_rate = keep_rate_schedule(epoch * updates + update)
+            state.keep_rate = keep_rate_schedule(state.step)
         state.optimizer.zero_grad(set_to_none=True)
         # forward and backward pass of each batch of the update
         count = min(accum_steps, len(loader) - update * accum_steps)
@@ -92,7 +92,7 @@ def train_one_epoch(
         request = CONTINUE if stop is None else stop.agree()
         if request or state.update % print_freq == 0 or state.update == updates:
             losses = read_losses(pending, state)
-            run_log.log_updates(epoch * updates + state.update - len(losses), losses, state.lr, keep_rate_schedule)
+            run_log.log_updates(state.step - len(losses), losses, state.lr, keep_rate_schedule)
             state.seconds = progress.seconds
             progress.report(state.update, statistics.fmean(losses), state.lr)
         if request:
@@ -141,9 +141,8 @@ def update_weights(model: nn.Module, state: TrainState, clip_grad: float | None)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if state.ema is not None:
-        # without a step the decay is constant; timm counts updates, over all epochs, from 1
-        step = (state.epoch + 1) * state.updates_per_epoch + state.update + 1
-        state.ema.update(state.model, step if state.ema.use_warmup else None)
+        # without a step the decay is constant; timm counts from 1
+        state.ema.update(state.model, state.step + 1 if state.ema.use_warmup else None)
 
 
 def read_losses(pending: list[Tensor], state: TrainState) -> list[float]:

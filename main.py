@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, precision: Precision, stop: StopSignal | Non
     distinct = train_loader.sampler.distinct_images(args.batch_size)
     log.print_run_summary(state, len(train_set), len(val_set), distinct)
     with log.RunLog(state.folder) as run_log:
-        run_log.start(log.describe_run(state, precision), state.epoch + 1)
+        run_log.start(log.describe_run(state, precision), state.epoch + 1, state.step)
         if args.log_wandb and distributed.is_primary():
             state.wandb_id = run_log.start_wandb(args.log_wandb, state.wandb_id)
         run_epochs(args, state, train_loader, val_loader, criterion, mixup, frozen, run_log, precision, stop)

@@ -12,6 +12,7 @@ import torch
 from crash_runner import Runner, hide_bf16
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from tensorboardX.proto.event_pb2 import Event
 
 import main
 
@@ -116,3 +117,20 @@ def runner() -> Iterator[Runner]:
     """Return a function that runs main.py in forked processes, see crash_runner.py."""
     with Runner() as runner:
         yield runner
+
+
+def read_events(folder: Path) -> Iterator[Event]:
+    """Yield what is in TensorBoard's files, oldest first."""
+    for path in sorted((folder / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        at = 0
+        while at < len(data):
+            length = int.from_bytes(data[at : at + 8], "little")
+            yield Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+
+
+def read_scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    """Read a curve of TensorBoard's files: step and value."""
+    found = ((event.step, value) for event in read_events(folder) for value in event.summary.value)
+    return sorted((step, value.simple_value) for step, value in found if value.tag == name)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
-from tensorboardX.proto.event_pb2 import Event
+from conftest import read_scalars
 from test_distributed import finish, start, torchrun
 
 import datasets
@@ -33,20 +33,6 @@ SHAPE += " --num_workers 0"
 EVIT = f"--model deit_tiny_patch16_shrink_base {SHAPE} --drop_loc 1 --no-repeated-aug --batch-size 128"
 EVIT += " --warmup-epochs 0 --aa none --print-freq 1 --base_keep_rate 0.5 --shrink_start_epoch 1 --shrink_epochs 1"
 EVIT += " --no-model-ema --fuse_token"
-
-
-def read_scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Read a curve of TensorBoard's files: step and value."""
-    found = []
-    for path in folder.glob("runs/events*"):
-        data = path.read_bytes()
-        at = 0
-        while at < len(data):
-            length = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            found += [(event.step, value.simple_value) for value in event.summary.value if value.tag == name]
-            at += 16 + length
-    return sorted(found)
 
 
 class Run(NamedTuple):

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import read_events, read_scalars
+from tensorboardX.proto.event_pb2 import SessionLog
 from test_training import run_state
 from torch import nn
 
@@ -239,6 +241,9 @@ def test_later_epochs_and_a_log_that_a_crash_cut_short_are_dropped(quick_run, qu
     lines = log_of(out)
     assert [line["epoch"] for line in lines] == [0, 1] and "train_loss" in lines[1]
     assert not (out / "checkpoint_0002.pth").exists()
+    # TensorBoard hides what is repeated: the second epoch's updates begin with the first one's number of updates
+    starts = [event.step for event in read_events(out) if event.session_log.status == SessionLog.START]
+    assert starts == [0, max(step for step, _ in read_scalars(quick_run, "loss")) + 1]
 
 
 def test_raw_and_ema_weights_have_a_best_epoch_each(capsys):

@@ -145,6 +145,11 @@ class TrainState:
     )
 
     @property
+    def step(self) -> int:
+        """Return the number of updates made, over all epochs."""
+        return (self.epoch + 1) * self.updates_per_epoch + self.update
+
+    @property
     def lr(self) -> float:
         """Return the learning rate; with layer decay it is the head's."""
         return max(group["lr"] for group in self.optimizer.param_groups)

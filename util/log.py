@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from torch import Tensor, nn
 
@@ -39,9 +39,7 @@ CURVES = {
         "test_acc5": "top-5",
         "test_ema_acc1": "top-1, EMA",
     },
-    "learning rate": {
-        "train_lr": "learning rate",
-    },
+    "learning rate": {"train_lr": "learning rate"},
 }
 
 
@@ -119,8 +117,8 @@ class RunLog:
             with contextlib.suppress(ConnectionError):
                 self.wandb.finish(exit_code=int(error is not None))
 
-    def start(self, record: dict, start_epoch: int) -> None:
-        """Create and lock the folder, write `record` as args.json, and drop log.txt's lines from `start_epoch` on."""
+    def start(self, record: dict, start_epoch: int, start_step: int = 0) -> None:
+        """Create and lock the folder, write `record` as args.json, and drop what was logged from the start on."""
         if self.folder is None:
             return
         with explain_write_errors(self.folder):
@@ -134,6 +132,8 @@ class RunLog:
                 file.write(lines.encode())
             # not SummaryWriter: a full disk ends its thread, and the run would wait for that forever
             self.events = EventsWriter(f"{self.folder}/runs/events")
+            # TensorBoard hides earlier events from this step on
+            self.events.write_event(Event(step=start_step, session_log=SessionLog(status=SessionLog.START)))
 
     def start_wandb(self, project: str, run_id: str | None) -> str:
         """Log to Weights & Biases too, to its run `run_id` or a new one; return its id. Raises InputError."""
