@@ -133,9 +133,23 @@ def test_what_is_not_known_is_left_out(tiny_run, tmp_path):
     assert "| raw |  | " in read_card(tmp_path / "part")[1]
 
 
+@pytest.mark.parametrize("flag", [{"pretrained": True}, {"finetune": "imagenet.pth"}])
+def test_weights_that_started_from_others_have_no_license_and_flags_that_were_given_are_shown(flag, tiny_run, tmp_path):
+    args = flag | {"amp": "off", "given": ["amp", "model"]}
+    assert run_export(edit(tiny_run / "checkpoint.pth", tmp_path / "run", args=args), tmp_path / "out") == 0
+    head, text = read_card(tmp_path / "out")
+    assert "license" not in head and BASIC.items() > head.items()
+    assert " --amp=off" in text and f"--{next(iter(flag))}" in text
+
+
 @pytest.mark.parametrize(
     ("name", "data_sets"),
-    [("CIFAR", ["uoft-cs/cifar100"]), ("FOLDER", None), ("a: [b\n---\n# c `d` {e}", None)],
+    [
+        ("CIFAR", ["uoft-cs/cifar100"]),
+        ("CIFAR-10", ["uoft-cs/cifar10"]),
+        ("FOLDER", None),
+        ("a: [b\n---\n# c `d` {e}", None),
+    ],
 )
 def test_no_name_breaks_the_card(name, data_sets, tiny_run, tmp_path):
     evil = "x: [\n---\n```\n# y | {z}"

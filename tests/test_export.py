@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -24,6 +25,7 @@ import export
 import hubconf
 import main
 import predict
+from data.transforms import build_transform
 from models.build import load_trained
 
 ROOT = Path(main.__file__).parent
@@ -127,6 +129,9 @@ def test_a_graph_that_computes_something_else_is_not_left(tiny_run, exported, tm
     assert run_export(tiny_run / "checkpoint.pth", tmp_path / "out", "--onnx", "--use-ema") == 2
     assert "ONNX Runtime's logits differ by " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [np.full((3, 10), np.nan)])
+    assert run_export(tiny_run / "checkpoint.pth", tmp_path / "out", "--onnx") == 2
+    assert "ONNX Runtime's logits differ by nan" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_and_nothing_is_written(tiny_run, tmp_path, monkeypatch, capsys):
@@ -139,7 +144,13 @@ def test_a_missing_package_is_named_and_nothing_is_written(tiny_run, tmp_path, m
 def test_a_folder_in_the_way_is_replaced_only_when_asked(tiny_run, tmp_path, monkeypatch, capsys):
     checkpoint = tiny_run / "checkpoint.pth"
     out = tmp_path / "out"
-    statuses = [run_export(checkpoint, out), run_export(checkpoint, out), run_export(checkpoint, out, "--overwrite")]
+    # an empty folder is not in the way of --overwrite
+    out.mkdir()
+    statuses = [
+        run_export(checkpoint, out, "--overwrite"),
+        run_export(checkpoint, out),
+        run_export(checkpoint, out, "--overwrite"),
+    ]
     assert statuses == [0, 2, 0]
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -240,6 +251,27 @@ def test_all_files_of_a_model_have_the_accuracy_of_its_evaluation(tiny_run, expo
             probabilities = [prediction["probability"] for prediction in row["predictions"]]
             assert len(probabilities) == 5 and probabilities == sorted(probabilities, reverse=True)
     assert outputs[0].startswith(f"* Acc@1 {accuracy:.3f} ") and outputs == outputs[:1] * 3
+
+
+def test_ema_weights_and_bf16_are_predicted_with_when_asked(tiny_run, images, tmp_path, capsys):
+    checkpoint = tmp_path / "c.pth"
+    saved = torch.load(tiny_run / "checkpoint.pth")
+    saved["model_ema"] = {name: 1.1 * value for name, value in saved["model"].items()}
+    torch.save(saved, checkpoint)
+    files = sorted((images / "0").iterdir())[:4]
+    transform = build_transform(False, load_trained(checkpoint).config)
+    pixels = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    found = {}
+    for flags in ("--amp off", "--amp off --use-ema", "--amp bf16"):
+        words = ["--checkpoint", str(checkpoint), "--topk", "10", *flags.split()]
+        rows = predict_json(capsys, *map(str, files), *words)
+        by_class = [sorted(row["predictions"], key=lambda p: p["index"]) for row in rows]
+        found[flags] = torch.tensor([[p["probability"] for p in predictions] for predictions in by_class])
+    for flags, use_ema in (("--amp off", False), ("--amp off --use-ema", True)):
+        with torch.no_grad():
+            expected = load_trained(checkpoint, use_ema=use_ema).model(pixels).softmax(dim=1)
+        torch.testing.assert_close(found[flags], expected, rtol=1e-4, atol=1e-6)
+    assert 1e-5 < (found["--amp bf16"] - found["--amp off"]).abs().max() < 0.1
 
 
 def test_outputs_without_a_name_are_named_by_their_number(tiny_run, images, tmp_path, capsys):
