@@ -1,5 +1,6 @@
 """What a person can get wrong: one line names it and says what to do, and nothing is written."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import torch
 from PIL import Image
 
 import main
+from models import build
 from util import options
+from util.config import ModelConfig
 from util.errors import InputError
 
 EVIT = "--model deit_tiny_patch16_shrink_base --model-kwargs patch_size=8 embed_dim=32 num_heads=2 --input-size 32"
@@ -85,6 +88,9 @@ COMMAND_LINES = {
     "--save-images": "--save-images writes to --output_dir: give one",
     f"{TEACH} --no-train-mode": "--no-train-mode averages the two heads",
     "--start_epoch 5": "--start_epoch 5 must be below --epochs 1",
+    "--start_epoch 1": "--start_epoch 1 must be below --epochs 1",
+    "--cutmix-minmax 0.5 0.5": "--cutmix-minmax 0.5 0.5: give a minimum and a larger maximum",
+    "--opt adan --opt-betas 0.9 0.9": "--opt-betas 0.9 0.9: --opt adan takes 3",
 }
 
 
@@ -93,6 +99,29 @@ def test_the_command_line_is_checked_before_anything_is_read(flags, tiny_flags):
     with pytest.raises(InputError) as caught:
         options.parse([*tiny_flags, *flags.split()])
     assert COMMAND_LINES[flags] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--opt adan --opt-betas 0.9 0.9 0.9",
+        "--epochs 2 --start_epoch 1",
+        "--scale 1 1 --ratio 1 1",
+        "--mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8 --mixup-off-epoch 1",
+    ],
+)
+def test_values_at_the_limits_are_accepted(flags, tiny_flags):
+    options.parse([*tiny_flags, *flags.split()])
+
+
+def test_as_many_outputs_as_classes_are_accepted_and_a_teachers_classes_are_the_students():
+    assert [build.resolve_num_classes(number, "abc") for number in (None, 3, 4)] == [3, 3, 4]
+    models = {number: timm.create_model("test_resnet", num_classes=number) for number in (2, 3, 4)}
+    for number, model in models.items():
+        teacher = build.TrainedModel(model, ModelConfig("test_resnet"), None, None, "teacher.pth")
+        refused = contextlib.nullcontext() if number == 3 else pytest.raises(InputError, match=f"has {number} classes")
+        with refused:
+            build.check_teacher(teacher, models[3], "abc", two_heads=False)
 
 
 class Row(NamedTuple):

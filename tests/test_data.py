@@ -268,6 +268,23 @@ def test_training_takes_whole_batches(repeated, per_process):
     assert len(next(iter(loader))[0]) == 96
 
 
+def test_a_batch_may_be_all_images(tree):
+    data = DataConfig("FOLDER", root=str(tree(count=4)), num_workers=0)
+    images = len(datasets.build_train_set(data, CONFIG, AugmentConfig()))
+    assert len(build_train_loader(data, images, repeated_aug=False)) == 1
+    with pytest.raises(InputError, match=f"--batch-size {images + 1}"):
+        build_train_loader(data, images + 1, repeated_aug=False)
+
+
+@pytest.mark.parametrize(("side", "steps"), [(32, ["RandomCrop"]), (33, ["RandomResizedCropAndInterpolation"])])
+def test_digits_are_drawn_at_up_to_32_pixels(side, steps):
+    """Larger inputs are crops."""
+    config = ModelConfig("", input_size=(side, side))
+    transform = datasets.build_train_set(DIGITS, config, AugmentConfig(aa="none")).transform
+    found = [type(step).__name__ for step in transform.reference.transforms]
+    assert [name for name in found if "Crop" in name] == steps
+
+
 @pytest.mark.parametrize("world", [1, 3, 5])
 def test_validation_shares_part_the_set(monkeypatch, world):
     monkeypatch.setattr(distributed, "world_size", lambda: world)

@@ -27,6 +27,7 @@ import main
 import predict
 from data.transforms import build_transform
 from models.build import load_trained
+from util.config import DataConfig
 
 ROOT = Path(main.__file__).parent
 EVIT = (
@@ -186,6 +187,19 @@ def test_published_checkpoints_are_predicted_and_exported(tiny_run, images, tmp_
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_published_checkpoint_is_evaluated_as_its_flags_say(files, tmp_path):
+    flags = {"model": "deit_tiny_patch16_shrink_base", "input_size": 28, "nb_classes": 10, "eval_crop_ratio": 0.9}
+    flags |= {"base_keep_rate": 0.5, "fuse_token": True, "drop_loc": "(1,)"}
+    flags |= {"data_set": "IMNET", "data_path": "/data", "use_lmdb": True}
+    weights = torch.load(files["evit"])["model"]
+    torch.save({"model": weights, "args": argparse.Namespace(**flags)}, tmp_path / "p.pth")
+    trained = load_trained(tmp_path / "p.pth", kwargs=dict(patch_size=4, embed_dim=32, num_heads=2, depth=3))
+    kwargs = trained.config.kwargs
+    assert (kwargs["base_keep_rate"], kwargs["fuse_token"], kwargs["drop_loc"]) == (0.5, True, (1,))
+    assert trained.config.crop_ratio == 0.9
+    assert trained.data == DataConfig("IMNET", root="/data", lmdb=True)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -202,6 +216,13 @@ def test_a_checkpoint_is_believed_no_further_than_types_and_ranges(change, tiny_
     assert run_export(tmp_path / "c.pth", tmp_path / "out") == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_crops_are_no_larger_than_the_image(tiny_run, tmp_path):
+    saved = torch.load(tiny_run / "checkpoint.pth")
+    saved["config"]["crop_ratio"], saved["data"]["name"] = 1.5, "FOLDER"
+    torch.save(saved, tmp_path / "c.pth")
+    assert load_trained(tmp_path / "c.pth").config.crop_ratio == 1.0
 
 
 def test_a_checkpoint_cannot_have_timm_fetch_or_load_other_files(tiny_run, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import export
 import main
-from models.build import init_from_checkpoint
+from models.build import init_from_checkpoint, load_trained
 from util import optim
 from util.checkpoint import load_optimizer
+from util.config import ModelConfig
 from util.errors import InputError
 
 DHVT = {"depth": 2, "embed_dim": 32, "num_heads": 2}
@@ -119,6 +122,16 @@ def test_sixteen_patches_are_a_square_where_nothing_else_is_known(tmp_path):
     source, model = deit(img_size=64).state_dict(), deit(img_size=(32, 128))
     load(model, {"model": source}, tmp_path / "x.pth")
     assert torch.equal(model.pos_embed, reference(source["pos_embed"], 1, (2, 8)))
+
+
+def test_an_evaluation_at_another_size_resamples_from_the_files_grid(tmp_path):
+    """Sixteen patches are two rows of eight in the file, and a square in the model."""
+    config = ModelConfig("deit_tiny_patch16_224", num_classes=1000, input_size=(32, 128), kwargs=VIT)
+    source = deit(img_size=(32, 128)).state_dict()
+    torch.save({"model": source, "config": asdict(config)}, tmp_path / "x.pth")
+    model = load_trained(tmp_path / "x.pth", input_size=(64, 64)).model
+    expected = resample_abs_pos_embed(source["pos_embed"], new_size=(4, 4), old_size=(2, 8), antialias=False)
+    torch.testing.assert_close(model.pos_embed.data, expected)
 
 
 def test_the_distillation_token_comes_and_goes(tmp_path, capsys):

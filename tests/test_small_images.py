@@ -126,6 +126,20 @@ def test_flags_that_are_given_win_over_the_checkpoint(squashed, data, shown):
     equal(shown(), expected)
 
 
+def test_a_crop_ratio_that_is_given_wins_over_the_checkpoint(squashed, data, shown, tiny_run, tmp_path):
+    """Half of each side is cut out of the middle, also where images come in the model's size."""
+    images = []
+    for file in val_files(data):
+        image = Image.open(file).convert("RGB").resize((48, 64), Image.Resampling.BICUBIC)
+        images.append((np.asarray(image.crop((12, 16, 36, 48))) / 255 - MEAN) / STD)
+    expected = torch.tensor(np.stack(images), dtype=torch.float32).permute(0, 3, 1, 2)
+    assert main.main(f"--eval --resume {squashed} --eval-crop-ratio 0.5 {CPU}".split()) == 0
+    equal(shown(), expected)
+    # digits are neither resized nor cropped
+    file = tiny_run / "checkpoint.pth"
+    assert load_trained(file).config.crop_ratio == 1 and load_trained(file, crop_ratio=0.5).config.crop_ratio == 0.5
+
+
 def test_checkpoints_from_before_the_flags_are_evaluated_as_before(squashed, data, shown, tmp_path):
     saved = torch.load(squashed)
     del saved["config"]["crop_mode"]
