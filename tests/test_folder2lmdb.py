@@ -132,6 +132,20 @@ def test_images_of_any_size_fit(small):
     assert run("--dir", small, "--split", "train", "--no-check", "--verify") == 0
 
 
+def test_a_terabyte_of_images_would_fit(small, monkeypatch):
+    """LMDB says what would fit, so that it need not be written."""
+    limits = []
+
+    def call(*args, **kwargs) -> lmdb.Environment:
+        environment = lmdb.Environment(*args, **kwargs)
+        limits.append(environment.info()["map_size"])
+        return environment
+
+    monkeypatch.setattr(lmdb, "open", call)
+    assert run("--dir", small, "--split", "train") == 0
+    assert limits[0] > 10**12
+
+
 def test_what_is_there_is_replaced_only_when_asked(small, capsys):
     assert run("--dir", small, "--split", "val") == 0
     before = (small / "val.lmdb").read_bytes()
@@ -158,6 +172,17 @@ def test_databases_of_every_format_are_verified(small, tmp_path, capsys):
         # the second one builds nothing, as there is something to check
         assert run("--dir", small, "--verify", *flags) == 0
         assert names_in(small) == ["train", "val", "val.lmdb"]
+
+
+def test_verifying_one_split_does_not_look_at_the_other(small, capsys):
+    assert run("--dir", small) == 0
+    path = small / "val.lmdb"
+    path.write_bytes(path.read_bytes()[:5000])
+    capsys.readouterr()
+    words = ["--dir", small, "--verify", "--split"]
+    assert run(*words, "train") == 0
+    assert capsys.readouterr().out.splitlines() == [f"{small}/train.lmdb: OK, 4 images"]
+    assert str(path) in error_of(capsys, *words, "val")
 
 
 def spoil_tree(data: bytes, image: bytes) -> bytes:
@@ -215,6 +240,14 @@ def test_unreadable_images_are_named_and_left_out_or_taken_unseen_when_asked(sma
     assert len(images) == 4
     with pytest.raises(InputError, match=r"train.lmdb: image 3 \(bee/1.png\): not a readable image"):
         images[3]
+
+
+def test_a_split_without_a_readable_image_is_one_line_and_not_written(small, capsys):
+    images = [path for path in (small / "train").rglob("*") if path.is_file()]
+    for path in images:
+        path.write_text("not an image")
+    assert f"{small}/train: {len(images)} unreadable" in error_of(capsys, "--dir", small, "--skip-corrupt")
+    assert names_in(small) == ["train", "val"]
 
 
 @pytest.mark.parametrize(

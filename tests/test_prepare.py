@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -65,6 +66,14 @@ def test_the_papers_numbers_pass_without_a_warning(root, tmp_path, capsys, monke
     cleaned = {"clipart": 48129, "infograph": 51605, "painting": 72266, "quickdraw": 172500, "real": 172947}
     for name, total in (cleaned | {"sketch": 69128}).items():  # as the authors of DomainNet state them
         assert name == "clipart" or sum(prepare.SIZES[name][:2]) == total
+
+
+def test_sizes_are_those_of_the_papers_table():
+    text = (Path(prepare.__file__).parent / "docs" / "paper.md").read_text()
+    rows = re.findall(r"^\| (\w+) \|.*_train\.txt\), ([\d,]+) \|.*_test\.txt\), ([\d,]+) \|$", text, re.M)
+    # all of DomainNet's classes
+    expected = {name: (*(int(count.replace(",", "")) for count in counts), 345) for name, *counts in rows}
+    assert len(rows) == 6 and prepare.SIZES == expected
 
 
 BAD = {

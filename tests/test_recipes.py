@@ -72,6 +72,26 @@ VARIANTS = {
     "finetune-sketch PAPER=1 SIZE=tiny": (IMAGENET, {}, "sketch", 224, 256, 5e-4, 100, 2, "finetune-sketch-tiny-paper"),
 }
 
+# recipes of the digits: model and its arguments, pixels, rate, epochs, epochs of warm-up; keep rate, fused, start and
+# length of the shrinking, None for a model that keeps all tokens
+EVIT = ("deit_tiny_patch16_shrink_base", {"patch_size": 4, "embed_dim": 64, "num_heads": 2, "depth": 6}, [28])
+SMALL = ("dhvt_tiny_cifar_patch4", {"embed_dim": 64, "depth": 6}, None)
+ON_DIGITS = {
+    "digits": (("dhvt_tiny_cifar_patch4", {}, None), 1e-3, 9, 1, None),
+    "digits-ablation table6-dhvt": (SMALL, 2e-3, 10, 1, None),
+    "digits-evit": (EVIT, 2e-3, 40, 3, (1, False, 10, 0)),
+    "finetune-digits-evit": (EVIT, 1e-3, 15, 0, (0.7, True, 0, 5)),
+}
+
+# models of the recipe fashion, and by images per class: share of the training images, and epochs (docs/small_data.md)
+FASHION_MODELS = {
+    "dhvt": ("dhvt_tiny_cifar_patch4", {}),
+    "deit": ("deit_tiny_patch16_224", {"patch_size": 4, "num_heads": 4}),
+    "resnet": ("resnet18_cifar", {}),
+    "cct": ("cct_7_3x1_32", {}),
+}
+FASHION_SHARES = {"60": (0.01, 20), "300": (0.05, 10)}
+
 # the rows of Tables 5, 6, 8, 9, 10 and 11 and of B.2.2: the model's arguments; patch size 4
 BASELINE = {"sope": False, "daff": False, "head_tokens": False, "pos_embed": "learn"}
 ROWS = {
@@ -195,6 +215,24 @@ def test_variables_choose_a_variant(call, tmp_path, command):
     assert (args.weight_decay, args.min_lr, args.repeated_aug) == ((1e-8, 1e-6, False) if tuned else (0.05, 1e-5, True))
 
 
+@pytest.mark.parametrize("command", ON_DIGITS)
+def test_a_recipe_of_the_digits_asks_for_its_run(call, tmp_path, command):
+    args = parse_command(call, f"run_code.sh {command}", tmp_path)
+    model, lr, epochs, warmup, shrinking = ON_DIGITS[command]
+    assert (args.model, args.model_kwargs, args.input_size) == model
+    assert (args.data_set, args.opt, args.weight_decay, args.min_lr) == ("DIGITS", "adamw", 0.05, 1e-5)
+    assert (args.batch_size, args.accum_steps, args.lr, args.unscale_lr) == (32, 1, lr, True)
+    assert (args.epochs, args.warmup_epochs, args.warmup_lr) == (epochs, warmup, 3e-4 if command == "digits" else 1e-6)
+    # images are not augmented
+    assert (args.repeated_aug, args.mixup, args.cutmix, args.aa) == (False, 0, 0, "none")
+    assert (args.reprob, args.drop_path, args.model_ema_decay) == (0, 0, 0.98)
+    assert args.output_dir == f"output/{command.replace(' ', '/')}"
+    assert args.finetune == (str(tmp_path / "c.pth") if command.startswith("finetune") else "")
+    if shrinking:
+        assert args.drop_loc == (2, 4)
+        assert (args.base_keep_rate, args.fuse_token, args.shrink_start_epoch, args.shrink_epochs) == shrinking
+
+
 @pytest.mark.parametrize("side", [28, 48, 49, 112, 113, 500])
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_small_folders_are_trained_at_a_size_that_fits_their_images(call, tmp_path, side, size):
@@ -309,7 +347,11 @@ def test_fashion_compares_all_its_rows(tmp_path):
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": str(tmp_path), "OUT": str(tmp_path / "out")}
     subprocess.run(["bash", str(ROOT / "run_code.sh"), "fashion"], env=env, check=True, timeout=60)
     *runs, compared = (tmp_path / "log").read_text().splitlines()
-    assert len(runs) == 8 * 8 and len({line.split("--model ")[1].split()[0] for line in runs if "--lr" in line}) == 4
+    assert len(runs) == 8 * 8
+    for run in (options.parse(line.split()[1:]) for line in runs if "--lr" in line):
+        images, model = Path(run.output_dir).relative_to(tmp_path / "out").parts[0].split("-")
+        assert (run.model, run.model_kwargs) == FASHION_MODELS[model]
+        assert (run.train_fraction, run.epochs) == FASHION_SHARES[images]
     script, *words = compared.split()
     rows = [f"{n}-{model}" for n in (300, 60) for model in ("cct", "deit", "dhvt", "resnet")]
     assert script.endswith("compare.py") and words[:8] == [f"{tmp_path}/out/{row}/seeds" for row in rows]

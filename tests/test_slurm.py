@@ -20,7 +20,7 @@ from test_resume import differences, log_of
 
 import main
 import run_with_submitit
-from util import weights
+from util import options, weights
 from util.command import STOPPED
 from util.stop_signal import StopSignal
 
@@ -41,12 +41,12 @@ def test_the_job_script_has_what_was_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = (
         "--dry-run --nodes 2 --ngpus 8 --partition gpu --timeout 600 --cpus-per-task 6 --slurm gres=gpu:8 "
-        "mail-type=END --model dhvt_tiny_imagenet_patch16 --data-set DIGITS --output_dir out/x"
+        "mail-type=END exclusive --model dhvt_tiny_imagenet_patch16 --data-set DIGITS --output_dir out/x"
     )
     assert run_with_submitit.main(words.split()) == 0
     script = capsys.readouterr().out
     lines = "nodes=2 ntasks-per-node=8 gpus-per-node=8 partition=gpu time=600 cpus-per-task=6 gres=gpu:8 mail-type=END "
-    for line in f"{lines} requeue signal=USR2@120".split():
+    for line in f"{lines} exclusive requeue signal=USR2@120".split():
         assert f"#SBATCH --{line}\n" in script
     (command,) = [line for line in script.splitlines() if line.startswith("srun ")]
     for part in (f"{tmp_path}/out/x/submitit/", "--kill-on-bad-exit=1", "--cpus-per-task=6"):
@@ -84,8 +84,37 @@ def test_a_job_that_sbatch_refuses_is_one_line(tmp_path, monkeypatch, environmen
     assert line.startswith("run_with_submitit.py: error: sbatch refuses the job (") and "invalid partition" in line
 
 
-@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR2, True), (signal.SIGTERM, False)])
-def test_only_the_signal_of_the_time_limit_requeues(number, requeued, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [("", "auto"), ("--resume c.pth", "c.pth"), ("--eval --resume c.pth", "c.pth"), ("--only_test_speed", "")],
+)
+def test_a_job_resumes_unless_another_start_is_asked_for(words, resume, tmp_path, monkeypatch, environment):
+    calls = []
+    monkeypatch.setattr(main, "main", lambda flags: calls.append(flags) or 0)
+    flags = ["--cluster", "debug", "--output_dir", str(tmp_path), *FLAGS, *words.split()]
+    assert run_with_submitit.main(flags) == 0
+    (flags,) = calls
+    assert options.parse(flags).resume == resume
+
+
+@pytest.fixture
+def on_slurm(monkeypatch) -> None:
+    """Have a task take this process for rank 0 of a job of Slurm."""
+    for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "12", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "expected"),
+    [
+        # it waits for Slurm to end it: a job whose processes end counts as completed
+        (signal.SIGUSR2, "0", [["scontrol", "requeue", "12"], "sleep"]),
+        (signal.SIGUSR2, "1", []),
+        (signal.SIGTERM, "0", ["sleep"]),
+        (signal.SIGTERM, "1", []),
+    ],
+)
+def test_only_rank_0_requeues_and_only_at_the_signal_of_the_time_limit(number, rank, expected, on_slurm, monkeypatch):
     """SIGTERM comes from scancel, or from a preemption, after which Slurm itself requeues the job."""
     calls = []
 
@@ -94,14 +123,22 @@ def test_only_the_signal_of_the_time_limit_requeues(number, requeued, monkeypatc
             os.kill(os.getpid(), number)
         return STOPPED
 
-    for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "12", "SLURM_PROCID": "0"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_PROCID", rank)
     monkeypatch.setattr(main, "main", stopped)
     monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command))
     monkeypatch.setattr(time, "sleep", lambda seconds: calls.append("sleep"))
     assert run_with_submitit.Task([])() == STOPPED
-    # it waits for Slurm to end it: a job whose processes end counts as completed
-    assert calls == [["scontrol", "requeue", "12"], "sleep"][not requeued :]
+    assert calls == expected
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("status", [1, 2])
+def test_an_error_fails_the_job(status, rank, on_slurm, monkeypatch):
+    """A task that returns counts as completed, whatever it returns."""
+    monkeypatch.setenv("SLURM_PROCID", rank)
+    monkeypatch.setattr(main, "main", lambda flags: status)
+    with pytest.raises(RuntimeError, match=str(status)):
+        run_with_submitit.Task([])()
 
 
 def test_two_local_tasks_are_stopped_and_a_job_in_this_process_continues(tmp_path, environment, capsys):

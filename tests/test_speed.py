@@ -1,6 +1,9 @@
 """Measuring speed: ratios of times taken in turns, and the command over them."""
 
+import json
+
 import pytest
+from matplotlib.figure import Figure
 
 import engine
 import folder2lmdb
@@ -51,6 +54,67 @@ def test_a_model_that_fails_is_a_row(capsys):
     *_, failed, row = capsys.readouterr().out.splitlines()
     assert "num_heads=5" in failed and "failed (" in failed
     assert "num_heads=2" in row and " to " in row
+
+
+FLAGS = ["--compile", "--channels-last", "--grad-checkpointing"]
+
+
+@pytest.mark.parametrize("flag", [None, *FLAGS])
+def test_modes_and_flags_reach_the_steps_of_the_model_and_its_baseline(flag, monkeypatch):
+    """Steps that do nothing; two and four heads tell the models apart."""
+    made = []
+    ran = []
+
+    def make_step(model, input_size, batch_size, precision, train, compile_mode):
+        heads = model.blocks[0].attn.num_heads
+        flags = (bool(compile_mode), precision.channels_last, model.grad_checkpointing)
+        made.append((heads, input_size, batch_size, train, *flags))
+        return lambda: ran.append(heads)
+
+    monkeypatch.setattr(engine, "make_step", make_step)
+    monkeypatch.setattr(engine, "matrix_rate", lambda *_: 1.0)
+    words = [f"{TINY}=2", "--device", "cpu", "--batch-size", "3", "--seconds", "0.001", "--pairs", "2"]
+    words += [flag] if flag else []
+    given = [flag == name for name in FLAGS]
+    assert speed_test.main([*words, "--input-size", "32"]) == 0
+    assert made == [(2, (32, 32), 3, train, *given) for train in (False, True)] and set(ran) == {2}
+    made.clear()
+    ran.clear()
+    # the baseline keeps its size
+    assert speed_test.main([*words, "--image-sizes", "32", "--baseline", f"{TINY}=4"]) == 0
+    sizes = {2: (32, 32), 4: (224, 224)}
+    assert made == [(heads, sizes[heads], 3, train, *given) for train in (False, True) for heads in (2, 4)]
+    assert ran == [2, 4] * 2 * (2 + 2)
+
+
+def test_published_accuracies_are_those_of_224_pixels(tmp_path, monkeypatch):
+    row = {"images_per_s": 1.0, "spread": 1.0, "steady": True, "share": 1.0}
+    monkeypatch.setattr(engine, "count_macs", lambda *_: 1.0)
+    monkeypatch.setattr(engine, "benchmark", lambda *_, **__: row)
+    words = ["deit_tiny_patch16_224", "--device", "cpu", "--mode", "inference", "--batch-size", "1"]
+    assert speed_test.main([*words, "--image-sizes", "192", "224", "--output_dir", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["top1"] for row in rows] == [None, 72.2]
+
+
+def test_the_picture_has_the_quartiles_as_bars_and_a_white_dot_where_it_is_unsteady(tmp_path, monkeypatch):
+    # by batch size: images/s, interquartile range in percent, steady
+    measured = {1: (100.0, 2.0, True), 2: (150.0, 40.0, False), 4: (200.0, 1.0, True)}
+    figures = []
+
+    def benchmark(*_, batch_size, **__):
+        return dict(zip(("images_per_s", "spread", "steady"), measured[batch_size], strict=True), share=1.0)
+
+    monkeypatch.setattr(engine, "benchmark", benchmark)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    words = [f"{TINY}=2", "--device", "cpu", "--mode", "inference", "--input-size", "32", "--batch-size", "1", "2", "4"]
+    assert speed_test.main([*words, "--output_dir", str(tmp_path)]) == 0
+    (axes,) = figures[0].axes
+    (container,) = axes.containers
+    bars = [segment.ravel().tolist() for segment in container.lines[2][0].get_segments()]
+    assert bars == [pytest.approx(bar) for bar in ([1, 99, 1, 101], [2, 120, 2, 180], [4, 199, 4, 201])]
+    white, _ = (line for line in axes.lines if line.get_markerfacecolor() == "w")
+    assert white.get_xydata()[white.get_markevery()].tolist() == [[2, 150]]
 
 
 def test_loaders_are_measured_beside_their_ceilings(tree, capsys):
