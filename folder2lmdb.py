@@ -132,7 +132,8 @@ def build(
             rows = write_images(environment, folder, samples)
             corrupt = len(images) - len(rows)
             if corrupt and not (skip_corrupt and rows):
-                raise InputError(f"{folder}: {corrupt} unreadable images above; replace them or add --skip-corrupt")
+                remedy = "replace them or add --skip-corrupt" if rows else "replace them"
+                raise InputError(f"{folder}: {corrupt} unreadable images above; {remedy}")
             write_table(environment, rows, images.classes)
             environment.sync(True)
         temporary.replace(target)
