@@ -11,13 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import SMALL as TINY
 from crash_runner import LAUNCHER as LAUNCHERS
 from test_resume import log_of
 from test_training import train
+from timm.data import Mixup
 from torch import nn
 
 import main
@@ -182,7 +185,7 @@ def test_every_process_ends_when_the_input_is_bad(runner, quick_flags, tmp_path)
 
 
 def accumulate(_: list[str]) -> int:
-    """Be one of two processes: print when gradients are reduced, whether joint batches do the same, and the error."""
+    """Be one of two processes: print when gradients are reduced, whether weights and loss are right, and the error."""
     device = distributed.init("cpu")
     rank = distributed.rank()
     torch.manual_seed(0)
@@ -193,12 +196,19 @@ def accumulate(_: list[str]) -> int:
     batches = everything[rank::2]
     reduced = []
     ddp.register_forward_pre_hook(lambda module, _: reduced.append("-+"[module.require_backward_grad_sync]))
-    train(ddp, batches, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), accum_steps=3)
+    stats = train(ddp, batches, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), accum_steps=3)
 
     # one process, with all six batches of an update as one
     joint = [tuple(map(torch.cat, zip(*part, strict=True))) for part in (everything[:6], everything[6:])]
-    train(alone, joint, optimizer=torch.optim.SGD(alone.parameters(), lr=0.1))
-    print("".join(reduced), torch.allclose(alone[1].weight, net[1].weight, atol=1e-6))
+    losses = []
+
+    def criterion(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        losses.append(F.cross_entropy(outputs, targets))
+        return losses[-1]
+
+    train(alone, joint, criterion=criterion, optimizer=torch.optim.SGD(alone.parameters(), lr=0.1))
+    same_loss = math.isclose(stats["train_loss"], sum(losses).item() / 2, rel_tol=1e-5)
+    print("".join(reduced), torch.allclose(alone[1].weight, net[1].weight, atol=1e-6), same_loss)
     if rank == 1:
         batches[1] = (batches[1][0] * math.nan, batches[1][1])
     try:
@@ -211,8 +221,29 @@ def accumulate(_: list[str]) -> int:
 
 
 def test_accumulating_reduces_gradients_once_per_update_and_a_loss_that_is_not_finite_stops_all(runner, tmp_path):
-    """Accumulated updates of two processes equal those of their joint batches; the loss is nan on one of them."""
+    """Updates and loss of two processes equal those of their joint batches; then the loss is nan on one of them."""
     result = runner([], tmp_path, 2, call="test_distributed:accumulate")
     assert result["status"] == [0, 0], result["err"]
     for text in result["out"]:
-        assert "--+--+ True" in text and "the loss is nan in epoch 0, update 2 " in text
+        assert "--+--+ True True" in text and "the loss is nan in epoch 0, update 2 " in text
+
+
+def draw(flags: list[str]) -> int:
+    """Be one of two processes: train, and print a random number of NumPy and of torch where images are mixed."""
+    mix = Mixup.__call__
+
+    def draw_and_mix(self, images, targets):
+        print("drawn:", np.random.random(), torch.rand(1).item())
+        return mix(self, images, targets)
+
+    Mixup.__call__ = draw_and_mix
+    return main.main(flags)
+
+
+def test_each_process_draws_random_numbers_of_its_own(runner, quick_flags, tmp_path):
+    flags = [*quick_flags, "--epochs", "1", "--no-repeated-aug"]
+    result = runner(flags, tmp_path, 2, call="test_distributed:draw")
+    assert result["status"] == [0, 0], result["err"]
+    drawn = [set(" ".join(re.findall("drawn: (.*)", text)).split()) for text in result["out"]]
+    assert len(drawn[0]) == len(drawn[1]) == 2 * 3
+    assert not drawn[0] & drawn[1]

@@ -139,12 +139,13 @@ class Reorganised(NamedTuple):
 def plain_block(block: nn.Module, x: Tensor, rate: float, fuse_token: bool) -> Reorganised:
     """Apply a block's weights to the tokens [N, C] of one image."""
     N, C = x.shape
-    h, (q, k, v) = block.attn.num_heads, block.attn.qkv(block.norm1(x)).chunk(3, dim=1)
+    attn = block.attn
+    h, (q, k, v) = attn.num_heads, attn.qkv(block.norm1(x)).chunk(3, dim=1)
     weights, heads = [], []
     for c in torch.arange(C).chunk(h):
-        weights.append(torch.softmax(q[:, c] @ k[:, c].T / math.sqrt(C / h), dim=1))
+        weights.append(torch.softmax(attn.q_norm(q[:, c]) @ attn.k_norm(k[:, c]).T / math.sqrt(C / h), dim=1))
         heads.append(weights[-1] @ v[:, c])
-    x = x + block.attn.proj(torch.cat(heads, dim=1))
+    x = x + block.ls1(attn.proj(attn.norm(torch.cat(heads, dim=1))))
     scores = [sum(w[0, j] for w in weights) / h for j in range(1, N)]
     keep = math.ceil(rate * (N - 1))
     kept = list(range(N - 1))
@@ -155,7 +156,7 @@ def plain_block(block: nn.Module, x: Tensor, rate: float, fuse_token: bool) -> R
             tokens.append(sum(scores[j] * x[1 + j] for j in set(range(N - 1)) - set(kept)))
         x = torch.stack(tokens)
     y = F.linear(block.norm2(x), block.mlp.fc1.weight, block.mlp.fc1.bias)
-    return Reorganised(x + F.linear(F.gelu(y), block.mlp.fc2.weight, block.mlp.fc2.bias), kept)
+    return Reorganised(x + block.ls2(F.linear(F.gelu(y), block.mlp.fc2.weight, block.mlp.fc2.bias)), kept)
 
 
 class Plain(NamedTuple):
@@ -209,6 +210,19 @@ def test_outputs_and_gradients_are_the_plain_references(rate, fuse_token, fused_
     assert_close(model.forward_features(x), model.norm(tokens))
     for i, places in model.trace_tokens(x)[1].items():
         assert places.tolist() == [history[i] for history in plain.places]
+
+
+@torch.no_grad()
+def test_timms_options_of_a_block_are_the_plain_references(fused_attention):
+    model, x = random_model(qk_norm=True, scale_attn_norm=True, init_values=0.1), images(2, *SIZE)
+    assert_close(model(x), plain_evit(model, x, rates_of(0.7)).logits)
+
+
+@torch.no_grad()
+def test_attention_is_dropped_in_training_only(fused_attention):
+    model, other, x = random_model(), random_model(attn_drop_rate=0.5), images(2, *SIZE)
+    assert torch.equal(other(x), model(x))
+    assert not torch.allclose(other.train()(x), model(x))
 
 
 @torch.no_grad()

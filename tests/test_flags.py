@@ -56,6 +56,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.epochs: list[int] = []
+        self.orders: list[list[tuple]] = []
         self.rates: list[float] = []
         self.mixed: list[bool] = []
         self.evaluated: list[nn.Module] = []
@@ -87,6 +88,7 @@ class Recorder:
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.matmul = torch.get_float32_matmul_precision()
         self.epochs.append(state.epoch + 1)
+        self.orders.append(list(loader.sampler))
         self.mixed.append(self.kwargs.mixup is not None and self.kwargs.mixup.mixup_enabled)
         self.rates.append(round(max(group["lr"] for group in state.optimizer.param_groups), 10))
         return {"train_loss": 1.0, "train_lr": 1.0}
@@ -220,6 +222,12 @@ def equals(name: str, tensor: torch.Tensor, key: str = "model") -> bool:
     return torch.equal(tensor, torch.load("run/checkpoint.pth")[key][name])
 
 
+def other_weights(seen: Recorder) -> bool:
+    """Return whether no weight matrix begins as in a run without flags."""
+    matrices = [[p for p in s.state.model.parameters() if p.ndim > 1 and p.std() > 0] for s in (seen, WITHOUT[""])]
+    return not any(map(torch.equal, *matrices))
+
+
 # flag: its value, the flags besides it, what it changes (an attribute, or a function) and to what
 ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--config": ("flags.yaml", "", "loader.sampler.seed", 3),
@@ -242,7 +250,7 @@ ROWS: dict[str, tuple[str, str, str | Callable, object]] = {
     "--test_speed": ("", "", lambda s: (s.benchmarked, s.epochs), ([64, 64], [0])),
     "--only_test_speed": ("", "", lambda s: (s.benchmarked, s.epochs), ([64, 64], [])),
     "--speed-batch-size": ("3", "--only_test_speed", "benchmarked", [3, 3]),
-    "--seed": ("3", "", lambda s: (s.kwargs.seed, s.loader.sampler.seed), (3, 3)),
+    "--seed": ("3", "", lambda s: (s.kwargs.seed, s.loader.sampler.seed, other_weights(s)), (3, 3, True)),
     "--deterministic": ("", "", "deterministic", True),
     "--amp": ("bf16", "", "precision.dtype", torch.bfloat16),
     "--tf32": ("", "", "matmul", "high"),
@@ -372,6 +380,13 @@ def test_a_flag_does_what_it_is_for(flag, observe):
         WITHOUT[context] = observe(context)
     assert probe(WITHOUT[context]) != expected
     assert probe(observe(f"{context} {flag} {value}")) == expected
+
+
+def test_every_epoch_has_an_order_and_augmentations_of_its_own(observe):
+    orders = observe("--epochs 3").orders
+    # what a sample's augmentation is seeded with
+    assert [{epoch for _, epoch, _ in order} for order in orders] == [{0}, {1}, {2}]
+    assert len({tuple(index for index, *_ in order) for order in orders}) == 3
 
 
 @pytest.mark.parametrize("flags", [f"{COMPILE} --only_test_speed", f"{COMPILE} {EVAL}"])

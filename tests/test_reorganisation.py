@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    """Run three epochs that shrink in the second."""
+    """Run three epochs that shrink in the second; evaluating.pth is checkpoint.pth in the first evaluation."""
     folder = tmp_path_factory.mktemp("evit")
     rates = []
     create = timm.create_model
@@ -51,8 +51,13 @@ def run(tmp_path_factory) -> Run:
 
     def watched(*args, **kwargs):
         model = create(*args, **kwargs)
-        model.register_forward_pre_hook(lambda m, inputs: rates.append((m.training, *inputs[1:])))
+        model.register_forward_pre_hook(watch)
         return model
+
+    def watch(model, inputs):
+        rates.append((model.training, *inputs[1:]))
+        if not model.training and not (folder / "evaluating.pth").exists():
+            shutil.copy(folder / "checkpoint.pth", folder / "evaluating.pth")
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(timm, "create_model", watched)
@@ -105,6 +110,16 @@ def test_a_killed_shrinking_phase_goes_on_at_its_rate(run, tmp_path):
     for name, tensor in whole["model"].items():
         assert torch.equal(resumed["model"][name], tensor), name
     assert resumed["best_keep_rate"] == whole["best_keep_rate"] == 0.5
+
+
+def test_a_run_killed_in_an_evaluation_repeats_it_at_the_rate_of_its_epoch(run, tmp_path):
+    saved = run.folder / "evaluating.pth"
+    assert torch.load(saved)["position"]["update"] == 11
+    flags = ["--epochs", "1", "--output_dir", str(tmp_path), "--resume", str(saved)]
+    assert main.main([*EVIT.split(), *flags]) == 0
+    first, repeated = (json.loads((f / "log.txt").read_text().splitlines()[0]) for f in (run.folder, tmp_path))
+    for key in ("epoch", "test_loss", "test_acc1", "keep_rate"):
+        assert repeated[key] == first[key], key
 
 
 def test_a_checkpoint_is_evaluated_at_another_size(run, capsys):

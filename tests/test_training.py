@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import compare
 import datasets
@@ -108,6 +109,15 @@ def test_accumulated_batches_equal_the_big_batch_and_those_left_over_make_an_upd
     assert not torch.allclose(results[0], weights(norm_free_model()), atol=1e-4)
 
 
+def test_every_update_draws_random_numbers_of_its_own_which_depend_on_epoch_and_update():
+    drawn = []
+    model = norm_free_model()
+    model.register_forward_pre_hook(lambda *_: drawn.append(torch.rand(1).item()))
+    for epoch in (0, 1, 1):
+        train(model, random_batches(3, 4), epoch=epoch)
+    assert len(set(drawn)) == 6 and drawn[3:6] == drawn[6:]
+
+
 def test_ema_follows_its_formula_over_weights_and_buffers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
@@ -148,9 +158,12 @@ def test_the_decay_of_an_ema_with_warmup_rises_over_all_epochs():
 
 @pytest.mark.parametrize("classes", [3, 12])
 def test_evaluation_counts_every_image_once_and_names_the_k_of_top_k(classes):
-    model = norm_free_model(classes).eval()
+    model = norm_free_model(classes).train()
+    # evaluation leaves it out
+    model.head_drop.p = 0.5
     batches = random_batches(2, 7, classes) + random_batches(1, 3, classes)
     result = engine.evaluate(model, batches, Precision(CPU), prepare=lambda images: images)
+    model.eval()
     with torch.no_grad():
         logits = torch.cat([model(x) for x, _ in batches])
     targets = torch.cat([y for _, y in batches])
@@ -296,6 +309,45 @@ def test_an_overflow_under_fp16_scaling_only_skips_its_update():
     changes = [not torch.equal(a, b) for a, b in zip(model.seen, model.seen[1:], strict=False)]
     assert changes[2] is False and any(changes[3:])
     assert torch.isfinite(weights(model)).all()
+
+
+def test_gradients_are_clipped_to_the_same_norm_under_fp16_scaling():
+    before = weights(norm_free_model())
+    steps = []
+    for dtype in (None, torch.float16):
+        model = norm_free_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, random_batches(1, 8), clip_grad=0.25, precision=Precision(CPU, dtype), optimizer=optimizer)
+        steps.append(weights(model) - before)
+    assert steps[0].norm().item() == pytest.approx(0.1 * 0.25, rel=1e-3)
+    assert (steps[1] - steps[0]).norm() < 0.05 * steps[0].norm()
+
+
+def test_an_epoch_of_accumulated_batches_under_fp16_continues_bit_for_bit(quick_flags, tmp_path):
+    """The scale of the loss too, of which the updates since its last change are counted."""
+    words = "--epochs 1 --no-repeated-aug --batch-size 4 --accum-steps 2 --amp fp16 --resume auto --output_dir"
+    flags = [*quick_flags, *words.split()]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main.main([*flags, str(whole)]) == 0
+    updates = []
+
+    def stop(*_: object) -> None:
+        updates.append(1)
+        if len(updates) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_optimizer_step_post_hook(stop)
+    try:
+        assert main.main([*flags, str(stopped)]) == 75
+        assert 0 < torch.load(stopped / "checkpoint.pth")["position"]["update"] < 6
+        assert main.main([*flags, str(stopped)]) == 0
+    finally:
+        hook.remove()
+    expected, found = (torch.load(folder / "checkpoint.pth") for folder in (whole, stopped))
+    for key in ("model", "model_ema", "scaler", "max_accuracy"):
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
+    losses = [json.loads((folder / "log.txt").read_text())["train_loss"] for folder in (whole, stopped)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -117,6 +117,16 @@ def test_bounds_of_the_crop_and_probabilities_of_flips_are_what_was_given():
     assert (tuple(crop.scale), tuple(crop.ratio), mirror.p) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
 
 
+def test_interpolation_statistics_and_erasing_are_what_was_given():
+    config = ModelConfig("", input_size=(32, 24), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1))
+    augment = AugmentConfig(interpolation="lanczos", reprob=0.6, remode="rand", recount=3)
+    crop, *_, normalize, erase = build_transform(True, config, augment).transforms
+    assert (crop.size, crop.interpolation) == ((32, 24), InterpolationMode.LANCZOS)
+    assert normalize.mean.tolist() == pytest.approx(config.mean)
+    assert normalize.std.tolist() == pytest.approx(config.std)
+    assert (erase.probability, erase.mode, erase.max_count) == (0.6, "rand", 3)
+
+
 @pytest.mark.parametrize(("hflip", "vflip"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 def test_squashed_images_are_resized_to_height_and_width_and_flipped(hflip, vflip):
     image = photograph(90, 50)
