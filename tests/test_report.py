@@ -184,13 +184,23 @@ def test_without_mistakes_there_is_no_sheet_and_an_earlier_one_goes(plain, tmp_p
     assert "mistakes.png" in capsys.readouterr().out
 
 
-def test_images_without_files_are_named_by_their_number_and_few_mistakes_are_enough(tiny_run, tmp_path):
+def test_images_without_files_are_named_by_their_number_and_32_mistakes_are_shown(tiny_run, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **_: shown.append(text))
     words = ["--eval", "--resume", str(tiny_run / "checkpoint.pth"), "--device", "cpu", "--report", str(tmp_path)]
     assert main.main(words) == 0
     rows = read(tmp_path / "predictions.csv")
     assert [row["file"] for row in rows] == [f"image {i}" for i in range(360)]
     logged = json.loads((tiny_run / "log.txt").read_text())
     assert sum(row["label"] == row["prediction"] for row in rows) / 3.6 == pytest.approx(logged["test_acc1"])
+    # the most confident ones, in order
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    assert len(wrong) > 32
+    confidence = sorted((float(row[row["prediction"]]) for row in wrong), reverse=True)
+    by_file = {row["file"]: row for row in wrong}
+    first = [by_file[text.split("\n")[0]] for text in shown]
+    assert [float(row[row["prediction"]]) for row in first] == pytest.approx(confidence[:32], abs=1e-6)
+    assert len({row["file"] for row in first}) == 32
 
 
 def test_names_of_files_need_not_be_utf_8(plain, tmp_path, capfd):
@@ -240,4 +250,7 @@ def test_the_confusion_matrix_is_drawn_as_far_as_it_can_be_read(classes, names, 
     axes, _ = report.draw_confusion(confusion, [f"c{i}" for i in range(classes)]).axes
     assert ([label.get_text() for label in axes.get_yticklabels()] == [f"c{i}" for i in range(classes)]) == names
     assert [text.get_text() for text in axes.texts][:3] == (["1", "3", "0"] if counts else [])
+    places = [text.get_position() for text in axes.texts if text.get_text() == "3"]
+    assert places == ([(1, 0)] if counts else [])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction", "label")
     assert axes.images[0].get_array()[0, :2].tolist() == [0.25, 0.75] and axes.images[0].get_array().sum() == 1

@@ -1,8 +1,10 @@
 """Figures of kept patches and of attention, against plain recomputations from the same weights."""
 
 import copy
+import itertools
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.layers import Attention
 from torch import Tensor, nn
@@ -47,17 +50,23 @@ evit = partial(build, "deit_tiny_patch16_shrink_base", depth=6, drop_loc=(1, 3, 
 dhvt = partial(build, "dhvt_tiny_cifar_patch4", img_size=(30, 22))
 small_evit = partial(evit, img_size=32, depth=2, drop_loc=(1,))
 small_dhvt = partial(dhvt, img_size=16, depth=2)
+distilled = partial(build, "deit_tiny_distilled_patch16_224", img_size=(96, 64), patch_size=(16, 8))
 # model, image size, patch size and number of tokens before the patches
 VITS = {
-    "DHVT, which pads its images": (dhvt, (30, 22), 4, 1),
-    "distilled DeiT": (partial(build, "deit_tiny_distilled_patch16_224", img_size=(96, 64)), (96, 64), 16, 2),
-    "EViT with all tokens": (partial(evit, base_keep_rate=1.0, depth=3, drop_loc=(1,)), (96, 64), 16, 1),
+    "DHVT, which pads its images": (dhvt, (30, 22), (4, 4), 1),
+    "distilled DeiT, oblong patches": (distilled, (96, 64), (16, 8), 2),
+    "EViT with all tokens": (partial(evit, base_keep_rate=1.0, depth=3, drop_loc=(1,)), (96, 64), (16, 16), 1),
 }
 
 
 def photographs(n: int, size: tuple[int, int] = (96, 64)) -> np.ndarray:
     """Return random pixels, uint8 [n, H, W, 3]."""
     return np.random.default_rng(0).integers(0, 256, (n, *size, 3), dtype=np.uint8)
+
+
+def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns of patches that cover an image."""
+    return math.ceil(size[0] / patch[0]), math.ceil(size[1] / patch[1])
 
 
 def normalize(pixels: np.ndarray) -> Tensor:
@@ -88,28 +97,59 @@ def read(path: Path) -> np.ndarray:
 
 @pytest.fixture
 def sheet(monkeypatch) -> SimpleNamespace:
-    """Return what is drawn from now on: texts with their colors, and pictures."""
-    drawn = SimpleNamespace(texts={}, pictures=[])
+    """Return what is drawn from now on: texts with their colors, pictures, and the figures that are saved."""
+    drawn = SimpleNamespace(texts={}, pictures=[], figures=[])
     set_title = Axes.set_title
     set_xticks = Axes.set_xticks
     imshow = Axes.imshow
+    savefig = Figure.savefig
 
     def record_title(axes, words, **kwargs):
         drawn.texts[words] = kwargs.get("color")
         return set_title(axes, words, **kwargs)
 
-    def record_captions(axes, places, words, **kwargs):
-        drawn.texts.update(dict.fromkeys(words))
+    def record_captions(axes, places, words=None, **kwargs):
+        drawn.texts.update(dict.fromkeys(() if words is None else words))
         return set_xticks(axes, places, words, **kwargs)
 
     def record_imshow(axes, pixels, **kwargs):
         drawn.pictures.append(pixels)
         return imshow(axes, pixels, **kwargs)
 
+    def record_figure(figure, *args, **kwargs):
+        drawn.figures.append(figure)
+        return savefig(figure, *args, **kwargs)
+
     monkeypatch.setattr(Axes, "set_title", record_title)
     monkeypatch.setattr(Axes, "set_xticks", record_captions)
     monkeypatch.setattr(Axes, "imshow", record_imshow)
+    monkeypatch.setattr(Figure, "savefig", record_figure)
     return drawn
+
+
+def numbers_in(text: str) -> list[str]:
+    """Return the numbers in a text as they are written."""
+    return re.findall(r"\d+(?:\.\d+)?", text)
+
+
+def check_scale(figure: Figure, count: int) -> None:
+    """Check that the line on a figure's scale of colors is at the even share of `count`, as its label says."""
+    (scale,) = [axes for axes in figure.axes if axes.lines and not axes.images]
+    (line,) = scale.lines
+    assert list(line.get_xdata()) == [1 / count] * 2
+    assert numbers_in(scale.get_xlabel())[-2:] == ["1", str(count)]
+
+
+def strips(figure: Figure) -> list[Axes]:
+    return [axes for axes in figure.axes if axes.images]
+
+
+def check_captions(axes: Axes, values: np.ndarray, numbers: list[list[str]]) -> None:
+    """Check that below the middle of each tile are its numbers, if any, and its largest value; the image is first."""
+    width = axes.images[0].get_array().shape[1] / (1 + len(values))
+    assert list(axes.get_xticks()) == pytest.approx([(k + 0.5) * width for k in range(1 + len(values))], abs=1)
+    expected = [[*words, f"{100 * tile.max():.2f}"] for words, tile in zip(numbers, values, strict=True)]
+    assert [numbers_in(label.get_text()) for label in axes.get_xticklabels()] == [[], *expected]
 
 
 def attend(attn: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,11 +211,11 @@ def test_weights_are_those_of_the_forward_pass_and_the_model_is_left_as_it_was(n
     assert all(block.attn.fused_attn and not block.attn.attn_drop._forward_pre_hooks for block in model.blocks)
 
 
-def shown(files: list[Path], part: str) -> np.ndarray:
+def shown(files: list[Path], part: str, name: str = "values") -> np.ndarray:
     """Return the numbers beside the figure whose name contains `part`."""
     (path,) = [path for path in files if part in path.name]
     with np.load(path.with_suffix(".npz")) as numbers:
-        return numbers["values"]
+        return numbers[name]
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -185,7 +225,7 @@ def test_attention_is_shown_per_head_and_as_the_mean_in_colors_of_one_scale(name
     photos = photographs(2, (H, W))
     files = write("attention", model, tmp_path, photos, npz=True)
     assert [path.name for path in files] == ["attention_0000.png", "attention_0001.png", "attention_overview.png"]
-    grid = math.ceil(H / patch), math.ceil(W / patch)
+    grid = grid_of((H, W), patch)
     means = []
     for i, photo in enumerate(photos):
         values = shown(files, f"_000{i}")
@@ -209,7 +249,21 @@ def test_attention_is_shown_per_head_and_as_the_mean_in_colors_of_one_scale(name
         np.testing.assert_array_equal(image, photo)
         for picture, values in zip(drawn, tiles, strict=True):
             colors = matplotlib.colormaps["inferno"](((values - low) / (high - low)) ** 0.5, bytes=True)[..., :3]
-            np.testing.assert_array_equal(picture, colors.repeat(patch, axis=0).repeat(patch, axis=1)[:H, :W])
+            np.testing.assert_array_equal(picture, colors.repeat(patch[0], axis=0).repeat(patch[1], axis=1)[:H, :W])
+
+    for figure in sheet.figures:
+        check_scale(figure, math.prod(grid))
+    for i, figure in enumerate(sheet.figures[:2]):
+        titles = [axes.get_title("left") for axes in strips(figure)]
+        assert all(title.endswith(f" {i}.png, block {block}") for block, title in enumerate(titles, start=1))
+        assert shown(files, f"_000{i}", "texts").tolist() == titles
+        for axes, tiles in zip(strips(figure), shown(files, f"_000{i}"), strict=True):
+            check_captions(axes, tiles, [[], ["1"], ["2"], ["3"]])
+    titles = [axes.get_title("left") for axes in strips(sheet.figures[2])]
+    assert all(f" {i}.png" in title for i, title in enumerate(titles))
+    assert shown(files, "overview", "texts").tolist() == titles
+    for axes, tiles in zip(strips(sheet.figures[2]), overview, strict=True):
+        check_captions(axes, tiles, [["1"], ["2"], ["3"]])
 
 
 def test_head_tokens_are_shown_in_their_own_heads(tmp_path):
@@ -224,15 +278,35 @@ def test_head_tokens_are_shown_in_their_own_heads(tmp_path):
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_matrices_are_means_over_heads_and_in_the_overview_over_images(name, tmp_path):
-    make, size, *_ = VITS[name]
+def test_matrices_are_means_over_heads_and_in_the_overview_over_images(name, tmp_path, sheet):
+    make, size, patch, before = VITS[name]
     model = make()
     photos = photographs(2, size)
-    files = write("matrix", model, tmp_path, photos, npz=True, blocks=[2])
-    expected = [plain_weights(model, normalize(photo))[1].mean(dim=0) for photo in photos]
-    for i in range(2):
-        np.testing.assert_allclose(shown(files, f"_000{i}")[0], expected[i], atol=1e-6)
-    np.testing.assert_allclose(shown(files, "overview")[0], sum(expected) / 2, atol=1e-6)
+    files = write("matrix", model, tmp_path, photos, npz=True, blocks=[3, 2])
+    weights = [plain_weights(model, normalize(photo)) for photo in photos]
+    expected = [torch.stack([image[block].mean(dim=0) for block in (1, 2)]) for image in weights]
+    expected.append(sum(expected) / 2)
+
+    N = expected[0].shape[-1]
+    patches_end = before + math.prod(grid_of(size, patch))
+    edges = [0, before, patches_end, N] if patches_end < N else [0, before, N]
+    for part, matrices, figure in zip(("_0000", "_0001", "overview"), expected, sheet.figures, strict=True):
+        values = shown(files, part)
+        np.testing.assert_allclose(values, matrices, atol=1e-6)
+        check_scale(figure, N)
+        for axes, block, matrix in zip(strips(figure), ("2", "3"), values, strict=True):
+            np.testing.assert_array_equal(axes.images[0].get_array(), matrix)
+            assert numbers_in(axes.get_title()) == [block, f"{100 * matrix.max():.2f}"]
+            # pixel k reaches from k - 0.5 to k + 0.5
+            for ends in ([line.get_xdata() for line in axes.lines], [line.get_ydata() for line in axes.lines]):
+                places = {start for start, stop in ends if start == stop}
+                assert places | {-0.5, N - 0.5} == {edge - 0.5 for edge in edges}
+            centers = [(start + stop - 1) / 2 for start, stop in itertools.pairwise(edges)]
+            assert list(axes.get_xticks()) == list(axes.get_yticks()) == centers
+            # all matrices of a line share the labels at the left
+            for labels in (axes.get_xticklabels(), strips(figure)[0].get_yticklabels()):
+                names = [label.get_text().split(",")[0] for label in labels]
+                assert names == ["class", "patches", "head tokens"][: len(centers)]
 
 
 def plain_rollout(weights: list[Tensor], before: int, patches: int) -> list[float]:
@@ -259,26 +333,29 @@ def plain_rollout(weights: list[Tensor], before: int, patches: int) -> list[floa
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_rollout_multiplies_attention_through_the_blocks(name, tmp_path):
+def test_rollout_multiplies_attention_through_the_blocks(name, tmp_path, sheet):
     make, (H, W), patch, before = VITS[name]
     model = make()
     photo = photographs(1, (H, W))[0]
     values = shown(write("rollout", model, tmp_path, [photo], npz=True), "_0000")
     weights = plain_weights(model, normalize(photo))
-    expected = plain_rollout(weights, before, math.ceil(H / patch) * math.ceil(W / patch))
+    P = math.prod(grid_of((H, W), patch))
+    expected = plain_rollout(weights, before, P)
     np.testing.assert_allclose(values.ravel(), expected, rtol=1e-4)
     assert max(expected) > 1.2 * min(expected)
+    for figure in sheet.figures:
+        check_scale(figure, P)
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_distances_are_pixels_weighted_by_attention(name, tmp_path):
+def test_distances_are_pixels_weighted_by_attention(name, tmp_path, sheet):
     make, (H, W), patch, before = VITS[name]
     model = make()
     photos = photographs(2, (H, W))
     (path,) = write("distance", model, tmp_path, photos, blocks=[1, 3])
     header, *lines = path.with_suffix(".csv").read_text().splitlines()
     assert header == "block,head 1,head 2,head 3"
-    centers = [(r * patch, c * patch) for r in range(math.ceil(H / patch)) for c in range(math.ceil(W / patch))]
+    centers = [(r * patch[0], c * patch[1]) for r, c in np.ndindex(grid_of((H, W), patch))]
     P = range(len(centers))
     weights = [plain_weights(model, normalize(photo)) for photo in photos]
     for line, block in zip(lines, (1, 3), strict=True):
@@ -292,6 +369,19 @@ def test_distances_are_pixels_weighted_by_attention(name, tmp_path):
                     lengths = [math.dist(centers[i], centers[j]) for j in P]
                     total += sum(w * d for w, d in zip(rows[i], lengths, strict=True)) / sum(rows[i])
             assert float(found) == pytest.approx(total / len(P) / 2, rel=1e-4)
+
+    (figure,) = sheet.figures
+    *heads, mean, even = figure.axes[0].lines
+    table = np.array([line.split(",") for line in lines], float)  # blocks, 1 + h
+    for number, head in enumerate(heads, start=1):
+        assert numbers_in(head.get_label()) == [str(number)]
+        np.testing.assert_allclose(head.get_xydata(), table[:, [0, number]], rtol=1e-4)
+    assert "mean" in mean.get_label() and "even" in even.get_label()
+    np.testing.assert_allclose(mean.get_ydata(), table[:, 1:].mean(axis=1), rtol=1e-4)
+    lengths = [math.dist(a, b) for a in centers for b in centers]
+    assert list(even.get_ydata()) == pytest.approx([sum(lengths) / len(lengths)] * 2)
+    labels = [line.get_label() for line in (*heads, mean, even)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
 
 
 def follow_patches(model: nn.Module, image: Tensor) -> Iterator[tuple[int, dict[int, int | None]]]:
@@ -341,6 +431,14 @@ def test_masks_show_the_patches_that_the_attention_keeps(fuse, size, tmp_path, s
             assert f"after block {block + 1}\n{counts} {'fused' if fuse else 'dropped'}: {tokens} tokens" in sheet.texts
             seen |= set(fused_in.values())
     assert seen == ({None, 1, 3, 4} if fuse else {None})
+    expected = [([str(block + 1)], color) for block, color in colors.items()] if fuse else [([], (255, 255, 255))]
+    for figure in sheet.figures:
+        (legend,) = figure.legends
+        found = [
+            (numbers_in(words.get_text()), tuple(np.rint(np.multiply(patch.get_facecolor()[:3], 255))))
+            for words, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)
+        ]
+        assert found == expected
 
 
 def test_files_sort_and_the_overview_has_a_row_for_each_of_32_images(tmp_path, sheet):
@@ -390,10 +488,12 @@ def test_pictures_of_an_earlier_call_go_and_other_files_stay(tmp_path):
 def test_only_predictions_that_contradict_a_known_label_are_red(labels, classes, colors, tmp_path, sheet):
     model = small_evit()
     nn.init.zeros_(model.head.weight)
-    # always bee
-    model.head.bias.data = torch.tensor([1.0, 9.0, 0.0])
+    # always bee, as e : 1 + e + 1 / e
+    model.head.bias.data = torch.tensor([0.0, 1.0, -1.0])
     write("mask", model, tmp_path, photographs(len(labels), (32, 32)), labels, classes)
-    assert [color for text, color in sheet.texts.items() if text.endswith(".png")] == colors
+    titles = {text: color for text, color in sheet.texts.items() if text.endswith(".png")}
+    assert list(titles.values()) == colors
+    assert all(f"{'bee' if classes else '1'} (67%)" in text for text in titles)
 
 
 def test_pictures_are_made_in_eval_mode_under_the_given_precision(tmp_path):
