@@ -117,10 +117,11 @@ def test_a_download_may_take_longer_than_the_timeout(runner, tmp_path):
     assert first < second
 
 
-def join_with_one_device_each(words: list[str]) -> int:
-    """Be one of two processes that see one CUDA device each, and print the backend."""
+def join_on_cuda(words: list[str]) -> int:
+    """Be one of two processes that see so many CUDA devices, and print the backend and the device."""
+    count, *backend = words
     torch.accelerator.current_accelerator = lambda **_: torch.device("cuda")
-    torch.accelerator.device_count = lambda: 1
+    torch.accelerator.device_count = lambda: int(count)
     torch.accelerator.set_device_index = lambda _: None
     dist.is_backend_available = lambda _: True
     join = dist.init_process_group
@@ -130,23 +131,43 @@ def join_with_one_device_each(words: list[str]) -> int:
         join("gloo", **kwargs)
 
     dist.init_process_group = join_by_gloo
-    distributed.init("cuda", *words)
+    print(distributed.init("cuda", *backend))
     distributed.shutdown()
     return 0
 
 
 def test_processes_that_see_one_device_use_gloo_and_say_how_to_choose_nccl(runner, tmp_path):
-    result = runner([], tmp_path, 2, call="test_ranks:join_with_one_device_each")
+    result = runner(["1"], tmp_path, 2, call="test_ranks:join_on_cuda")
     assert result["status"] == [0, 0], result["err"]
-    line, backend = result["out"][0].splitlines()
-    assert "--dist-backend nccl" in line and backend == "gloo"
-    assert result["out"][1] == "gloo\n"
+    line, *printed = result["out"][0].splitlines()
+    assert "--dist-backend nccl" in line and printed == ["gloo", "cuda:0"]
+    assert result["out"][1] == "gloo\ncuda:0\n"
     # and it is not second-guessed
-    result = runner(["nccl"], tmp_path, 2, call="test_ranks:join_with_one_device_each")
-    assert result["out"] == ["nccl\n"] * 2, result["err"]
+    result = runner(["1", "nccl"], tmp_path, 2, call="test_ranks:join_on_cuda")
+    assert result["out"] == ["nccl\ncuda:0\n"] * 2, result["err"]
 
 
-def broadcast_on_cuda_group(_: list[str]) -> int:
+def test_processes_with_a_device_each_use_nccl(runner, tmp_path):
+    result = runner(["2"], tmp_path, 2, call="test_ranks:join_on_cuda")
+    assert result["status"] == [0, 0], result["err"]
+    assert result["out"] == ["nccl\ncuda:0\n", "nccl\ncuda:1\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "local_rank", "index"),
+    [(None, 0, 0), (None, 3, 3), ("cuda", 5, 1), ("cuda:1", 0, 1), ("cuda:1", 2, 3), ("cuda:1", 3, 0)],
+)
+def test_processes_take_the_devices_in_turn(name, local_rank, index, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert distributed.pick_device(name, local_rank) == torch.device("cuda", index)
+    assert current == [index]
+
+
+def exchange_on_cuda_group(_: list[str]) -> int:
     """Be one of two processes whose default group, as nccl's, has no CPU tensors."""
     join = dist.init_process_group
     dist.init_process_group = lambda backend, **kwargs: join("cuda:gloo", **kwargs)
@@ -155,14 +176,16 @@ def broadcast_on_cuda_group(_: list[str]) -> int:
     norm.running_mean.fill_(distributed.rank() + 1.0)
     distributed.broadcast_buffers(norm)
     print(norm.running_mean.tolist())
+    rank = distributed.rank()
+    print(distributed.all_reduce_max(rank), distributed.broadcast_object(rank), distributed.gather_object(rank))
     distributed.shutdown()
     return 0
 
 
-def test_an_ema_on_the_cpu_takes_rank_0s_buffers_beside_an_accelerators_group(runner, tmp_path):
-    result = runner([], tmp_path, 2, call="test_ranks:broadcast_on_cuda_group")
+def test_what_is_on_the_cpu_is_exchanged_beside_an_accelerators_group(runner, tmp_path):
+    result = runner([], tmp_path, 2, call="test_ranks:exchange_on_cuda_group")
     assert result["status"] == [0, 0], result["err"]
-    assert result["out"] == ["[1.0, 1.0, 1.0]\n"] * 2
+    assert result["out"] == [f"[1.0, 1.0, 1.0]\n1 0 {gathered}\n" for gathered in ("[0, 1]", "None")]
 
 
 def measure(flags: list[str]) -> int:

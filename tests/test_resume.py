@@ -6,10 +6,13 @@ test_survival.py kills runs and shows that they resume to the same end.
 import argparse
 import copy
 import json
+import math
 import os
 import pathlib
 import shutil
 import signal
+import statistics
+import time
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +25,13 @@ from tensorboardX.proto.event_pb2 import SessionLog
 from test_training import run_state
 from torch import nn
 
+import engine
 import main
 from util import checkpoint, log, optim, weights
 from util.checkpoint import save_checkpoint
-from util.errors import InputError
+from util.errors import InputError, NonFiniteLossError
 from util.log import RunLog
+from util.stop_signal import SAVE, STOP, StopSignal
 
 TIMES = {"images_per_s", "data_wait", "epoch_seconds"}
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint_6d7e635.pth"
@@ -167,8 +172,11 @@ def test_a_run_that_its_launcher_starts_again_goes_on_from_its_own_checkpoint(
 def test_auto_skips_what_cannot_be_read_down_to_the_best_checkpoints(tmp_path, capsys):
     folder = str(tmp_path)
     assert checkpoint.resolve_resume("auto", folder) == ""
-    best = tmp_path / "best_checkpoint.pth"
-    torch.save(content(0), best)
+    best = [tmp_path / "best_checkpoint.pth", tmp_path / "best_ema_checkpoint.pth"]
+    # without numbered files too, the last epoch goes before the best one
+    for epoch, names in enumerate((["best_ema_checkpoint.pth"], ["best_checkpoint.pth"], [])):
+        save_checkpoint(content(epoch), tmp_path, 1, names)
+    assert checkpoint.resolve_resume("auto", folder) == str(tmp_path / "checkpoint.pth")
     for epoch in range(3):
         save_checkpoint(content(epoch), tmp_path, 2)
     # the newest epoch's file has two names, which are damaged together
@@ -180,9 +188,10 @@ def test_auto_skips_what_cannot_be_read_down_to_the_best_checkpoints(tmp_path, c
     assert f"skipped {newest}: damaged" in capsys.readouterr().out
     for path in tmp_path.glob("checkpoint*.pth"):
         path.write_bytes(b"PK\x03\x04")
-    assert checkpoint.resolve_resume("auto", folder) == str(best)
-    best.write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(InputError, match="none of the 4 checkpoints"):
+    for path in best:
+        assert checkpoint.resolve_resume("auto", folder) == str(path)
+        path.write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(InputError, match="none of the 5 checkpoints"):
         checkpoint.resolve_resume("auto", folder)
 
 
@@ -259,6 +268,49 @@ def test_raw_and_ema_weights_have_a_best_epoch_each(capsys):
     assert "30.00% (epoch 1)" in text and "15.00% (epoch 2)" in text
 
 
+def test_a_line_of_the_log_is_of_its_own_epoch(quick_flags, tmp_path, monkeypatch):
+    """The mean loss of its updates, and its time, on a clock that each update moves by 1000 seconds."""
+    now, step = time.perf_counter, torch.optim.AdamW.step
+    updates = 0
+
+    def slow(*args, **kwargs):
+        nonlocal updates
+        updates += 1
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + 1000 * updates)
+    run(*quick_flags, "--no-repeated-aug", "--no-model-ema", "--lr", "1e-2", "--output_dir", str(tmp_path))
+    losses = [loss for _, loss in read_scalars(tmp_path, "loss")]
+    assert len(losses) == updates
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    for line, of_epoch in zip(lines, (losses[: updates // 2], losses[updates // 2 :]), strict=True):
+        assert line["train_loss"] == pytest.approx(statistics.fmean(of_epoch), rel=1e-6)
+        assert line["epoch_seconds"] == pytest.approx(1000 * len(of_epoch), abs=500)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_not_counted(loss):
+    state = run_state()
+    assert engine.read_losses([torch.tensor(2.0)], state) == state.losses == [2.0]
+    with pytest.raises(NonFiniteLossError):
+        engine.read_losses([torch.tensor(1.0), torch.tensor(loss)], state)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_saved_within_an_epoch(tmp_path, value):
+    state = run_state("--keep-checkpoints", "1")
+    state.folder, state.update = tmp_path, 1
+    path = tmp_path / "checkpoint.pth"
+    engine.save_on_request(SAVE, state, StopSignal())
+    before = path.read_bytes()
+    state.model.weight.data[0, 1] = value
+    for request in (SAVE, STOP):
+        with pytest.raises(NonFiniteLossError):
+            engine.save_on_request(request, state, StopSignal())
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
 def content(epoch: int, update: int = 0) -> dict:
     return {"epoch": epoch, "position": {"update": update} if update else None, "model": {"w": torch.ones(9) * epoch}}
 
@@ -289,10 +341,11 @@ def test_a_save_does_not_write_through_what_a_kill_left(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize(("owner", "name"), [(torch, "save"), (os, "fsync"), (os, "replace"), (os, "unlink")])
-def test_a_save_that_fails_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch, owner, name):
+def test_a_save_that_fails_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch, owner, name, keep):
     original = getattr(owner, name)
-    save = partial(save_checkpoint, folder=tmp_path, keep=2, best=["best_checkpoint.pth"])
+    save = partial(save_checkpoint, folder=tmp_path, keep=keep, best=["best_checkpoint.pth"])
     left = 0
 
     def fail(*args, **kwargs):
@@ -314,7 +367,10 @@ def test_a_save_that_fails_at_any_call_leaves_a_whole_checkpoint(tmp_path, monke
         except InputError as error:
             assert "No space left on device" in str(error)
         left = 0
-        assert {torch.load(path)["epoch"] for path in tmp_path.glob("*.pth")} <= {0, 1}
+        epochs = {path.name: torch.load(path)["epoch"] for path in tmp_path.glob("*.pth")}
+        assert set(epochs.values()) <= {0, 1}
+        # a resumed run does not save this epoch as the best one again
+        assert epochs["best_checkpoint.pth"] >= epochs["checkpoint.pth"], failing
         save(content(0))
         assert torch.load(tmp_path / "checkpoint.pth")["epoch"] == 0
         assert not list(tmp_path.glob(".*"))

@@ -4,6 +4,7 @@ import functools
 import random
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from crash_runner import MOMENTS, Runner
 from test_resume import differences, log_of
 
 from util import checkpoint
+from util.stop_signal import CONTINUE, SAVE, StopSignal
 
 EPOCHS = 3
 UPDATES = {1: 18, 2: 9}  # per epoch, by the number of processes
@@ -186,6 +188,14 @@ def test_checkpoints_within_an_epoch_come_at_their_interval(runner, flags, tmp_p
     assert runner([*flags, *words], tmp_path, kill=kill("update: before it", 8))["reached"]
     names = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
     assert names == ["checkpoint.pth", "checkpoint_0000_000007.pth"]
+
+
+def test_the_interval_is_in_minutes_and_begins_anew_with_each_save(monkeypatch):
+    now = 0
+    monkeypatch.setattr(time, "monotonic", lambda: 1e6 + now)
+    with StopSignal(1) as stop:
+        for now, request in ((59, CONTINUE), (60, SAVE), (61, CONTINUE), (119, CONTINUE), (130, SAVE), (189, CONTINUE)):
+            assert stop.agree() == request, now
 
 
 def test_a_process_that_is_silent_is_given_up_after_the_timeout(runner, flags, tmp_path):
