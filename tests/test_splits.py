@@ -183,8 +183,8 @@ def test_evaluation_reproduces_the_hold_outs_accuracy_and_split_test_evaluates_t
     assert record([str(tmp_path / "seen"), *flags, "--no-model-ema"]) == 0
     _, val = read_record(tmp_path / "seen")
     line = json.loads((tmp_path / "out" / "log.txt").read_text())
-    # the run names the command
-    (command,) = re.findall(r"python main.py (--eval --resume \S+) .*--split test", capfd.readouterr().out)
+    # the run names the command, which needs no test split
+    (command,) = re.findall(r"python main.py (--eval --resume \S+) \(.*--split test", capfd.readouterr().out)
 
     def evaluate(command: str) -> tuple[str, set[str]]:
         words = f"{command} --report {tmp_path}/report --device cpu --num_workers 0"
