@@ -63,7 +63,7 @@ def train_one_epoch(
     batches = iter(loader)
     progress = EpochProgress(updates, f"Epoch {epoch}", first=state.update, seconds_before=state.seconds)
     pending = []  # losses that are still on the device
-    # gradient checkpointing repeats forward passes, which update running statistics
+    # gradient checkpointing, by timm's name for it, repeats forward passes, which must not update buffers again
     checkpointing = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
     restored = list(model.buffers()) if checkpointing else []
 

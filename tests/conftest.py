@@ -1,9 +1,11 @@
 """What several test files share: image folders, runs so small that they take seconds, and a runner of processes."""
 
+import itertools
 import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from crash_runner import Runner, hide_bf16
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tensorboardX.proto.event_pb2 import Event
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import main
 
@@ -117,6 +120,19 @@ def runner() -> Iterator[Runner]:
     """Return a function that runs main.py in forked processes, see crash_runner.py."""
     with Runner() as runner:
         yield runner
+
+
+@contextmanager
+def terminated_at(count: int) -> Iterator[None]:
+    """Send SIGTERM to this process after that many updates within this context."""
+    updates = itertools.count(1)
+    hook = register_optimizer_step_post_hook(
+        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if next(updates) == count else None
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def read_events(folder: Path) -> Iterator[Event]:

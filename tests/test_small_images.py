@@ -1,8 +1,6 @@
 """Knobs of small images from the command line to the pixels: what a checkpoint keeps, and what changes by the epoch."""
 
 import json
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,12 +9,11 @@ import onnx
 import pytest
 import timm
 import torch
-from conftest import SMALL
+from conftest import SMALL, terminated_at
 from PIL import Image
 from test_resume import differences
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform, resolve_model_data_config
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import export
 import main
@@ -187,16 +184,8 @@ def test_a_resumed_run_mixes_no_images_from_the_epoch_on_and_smooths_labels(quic
 def test_an_ema_with_warmup_resumes_bit_for_bit(quick_flags, tmp_path):
     flags = [*quick_flags, "--model-ema-warmup", "--resume", "auto", "--output_dir"]
     assert main.main([*flags, str(tmp_path / "whole")]) == 0
-    steps = []
-
-    def stop(*_: object) -> None:
-        steps.append(1)
-        if len(steps) == 25:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    hook = register_optimizer_step_post_hook(stop)
-    assert main.main([*flags, str(tmp_path / "stopped")]) == 75
-    hook.remove()
+    with terminated_at(25):
+        assert main.main([*flags, str(tmp_path / "stopped")]) == 75
     assert torch.load(tmp_path / "stopped" / "checkpoint.pth")["position"]["update"] == 7
     assert main.main([*flags, str(tmp_path / "stopped")]) == 0
     one, two = (torch.load(tmp_path / name / "checkpoint.pth")["model_ema"] for name in ("whole", "stopped"))

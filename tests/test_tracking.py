@@ -150,7 +150,7 @@ def test_a_run_outlives_the_process_of_wandb(tiny_flags, tmp_path, monkeypatch, 
     assert torch.load(tmp_path / "out" / "checkpoint.pth")["epoch"] == 0
     # it may be lost after the last number, too
     with RunLog(tmp_path / "out") as run_log:
-        run_log.start({}, 0)
+        run_log.start({}, 0, 0)
         run_log.start_wandb("p", None)
 
 

@@ -14,9 +14,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import terminated_at
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import compare
 import datasets
@@ -329,20 +329,10 @@ def test_an_epoch_of_accumulated_batches_under_fp16_continues_bit_for_bit(quick_
     flags = [*quick_flags, *words.split()]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main.main([*flags, str(whole)]) == 0
-    updates = []
-
-    def stop(*_: object) -> None:
-        updates.append(1)
-        if len(updates) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    hook = register_optimizer_step_post_hook(stop)
-    try:
+    with terminated_at(3):
         assert main.main([*flags, str(stopped)]) == 75
-        assert 0 < torch.load(stopped / "checkpoint.pth")["position"]["update"] < 6
-        assert main.main([*flags, str(stopped)]) == 0
-    finally:
-        hook.remove()
+    assert 0 < torch.load(stopped / "checkpoint.pth")["position"]["update"] < 6
+    assert main.main([*flags, str(stopped)]) == 0
     expected, found = (torch.load(folder / "checkpoint.pth") for folder in (whole, stopped))
     for key in ("model", "model_ema", "scaler", "max_accuracy"):
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)

@@ -117,8 +117,8 @@ class RunLog:
             with contextlib.suppress(ConnectionError):
                 self.wandb.finish(exit_code=int(error is not None))
 
-    def start(self, record: dict, start_epoch: int, start_step: int = 0) -> None:
-        """Create and lock the folder, write `record` as args.json, and drop what was logged from the start on."""
+    def start(self, record: dict, start_epoch: int, start_step: int) -> None:
+        """Create and lock the folder, write `record` as args.json, and drop what an earlier run logged from here on."""
         if self.folder is None:
             return
         with explain_write_errors(self.folder):
@@ -132,7 +132,7 @@ class RunLog:
                 file.write(lines.encode())
             # not SummaryWriter: a full disk ends its thread, and the run would wait for that forever
             self.events = EventsWriter(f"{self.folder}/runs/events")
-            # TensorBoard hides earlier events from this step on
+            # TensorBoard then hides what it has from this update on
             self.events.write_event(Event(step=start_step, session_log=SessionLog(status=SessionLog.START)))
 
     def start_wandb(self, project: str, run_id: str | None) -> str:
