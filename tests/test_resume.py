@@ -198,7 +198,7 @@ def test_auto_skips_what_cannot_be_read_down_to_the_best_checkpoints(tmp_path, c
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(quick_flags, tmp_path, capsys):
     flags = [*quick_flags, "--epochs", "1", "--output_dir", str(tmp_path), "--resume", "auto"]
     first = RunLog(tmp_path)
-    first.start({}, 0)
+    first.start({}, 0, 0)
     assert main.main(flags) == 2
     assert "another run is writing there now; name another folder" in capsys.readouterr().err
     # what it forked, a loader's worker, may outlive it by seconds
@@ -211,7 +211,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(quick_fla
         os.read(ready, 1)
         first.close()
         second = RunLog(tmp_path)
-        second.start({}, 0)
+        second.start({}, 0, 0)
         second.close()
     finally:
         os.kill(child, signal.SIGKILL)
